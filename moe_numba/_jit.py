@@ -1,0 +1,132 @@
+"""The only file that says njit: options, the cache, the serial and parallel twins.
+
+Decorators for the functions in kernels/ and simd/:
+
+- `inline`: a helper that LLVM must inline into its caller.
+- `helper`: a function of its own, compiled with the kernel that calls it.
+- `kernel`: an entry point that Python calls. It exists twice, compiled from the same source:
+  `.parallel`, where `prange` runs on all threads, and `.serial`, where it is a plain loop.
+"""
+
+import hashlib
+import sys
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+from numba import config, njit
+from numba.core import event
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+
+#: Set on every function, because Numba lets a helper inherit what is left unset from whichever
+#: caller compiles it first.
+#: fastmath off: the order of additions is part of the results (the kernels say fma where they
+#: want it), and a NaN must stay one. nogil: a forward runs beside other Python threads.
+_OPTIONS = {"nogil": True, "fastmath": False, "error_model": "numpy"}
+
+#: Only `prange` runs in parallel. Fusion would merge the parallel loops of consecutive steps of a
+#: kernel into one and lose the barrier between them (it cannot see what the functions that they
+#: call read and write); the others would start threads for `counts[:] = 0`.
+_PARALLEL = dict.fromkeys(
+    ("fusion", "comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil"), False
+)
+
+inline = njit(forceinline=True, **_OPTIONS)
+helper = njit(**_OPTIONS)
+
+
+class Kernel:
+    """An entry point in two compiled forms: `parallel` and `serial`."""
+
+    def __init__(self, function):
+        self.__name__ = function.__name__
+        self.__doc__ = function.__doc__
+        self.parallel = self._compiled(function, parallel=True)
+        self.serial = self._compiled(function, parallel=False)
+
+    @staticmethod
+    def _compiled(function, parallel):
+        # a copy, because Numba empties the dict
+        dispatcher = njit(parallel=dict(_PARALLEL) if parallel else False, **_OPTIONS)(function)
+        try:
+            dispatcher._cache = _PackageCache(function, "parallel" if parallel else "serial")
+        except (RuntimeError, OSError) as error:
+            _warn_uncached(error)
+        return dispatcher
+
+
+KERNELS: list[Kernel] = []
+
+
+def kernel(function):
+    """Make `function` an entry point (see `Kernel`)."""
+    entry = Kernel(function)
+    KERNELS.append(entry)
+    return entry
+
+
+# ---- the cache ----
+
+
+@lru_cache
+def package_stamp() -> str:
+    """Hash of every source file of the package, and of the options that change machine code.
+
+    Numba stamps a cached kernel with the date of the one file it stands in, but the machine
+    code contains the helpers it calls from other files.
+    """
+    root = Path(__file__).parent
+    digest = hashlib.blake2b(f"{config.OPT} {config.BOUNDSCHECK}".encode(), digest_size=16)
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class _PackageCache(FunctionCache):
+    """Numba's on-disk cache, stamped with the whole package and kept apart per twin."""
+
+    def __init__(self, function, twin):
+        super().__init__(function)
+        self._cache_file = IndexDataCacheFile(
+            cache_path=self._cache_path,
+            filename_base=f"{self._impl.filename_base}-{twin}",
+            source_stamp=package_stamp(),
+        )
+
+
+_warned = False
+
+
+def _warn_uncached(reason):
+    """Say so once, whichever kernels it concerns."""
+    global _warned
+    if _warned:
+        return
+    _warned = True
+    warnings.warn(
+        f"moe_numba: compiled kernels cannot be cached, every process will compile them again ({reason}); "
+        "set NUMBA_CACHE_DIR to a directory that can be written",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+# ---- telling the user why the first call takes long ----
+
+
+class _CompileNotice(event.Listener):
+    """Says on a terminal, once, that kernels are being compiled."""
+
+    def on_start(self, event_):
+        function = event_.data["dispatcher"].py_func
+        if function.__module__.startswith(__package__ + "."):
+            event.unregister("numba:compile", self)
+            if sys.stderr is not None and sys.stderr.isatty():
+                print("moe_numba: compiling kernels for this processor, once (about 10 s) ...", file=sys.stderr)
+
+    def on_end(self, event_):
+        pass
+
+
+event.register("numba:compile", _CompileNotice())

@@ -1,0 +1,6 @@
+"""SIMD vectors for Numba: the only package that contains LLVM IR.
+
+`target` says how wide a register is and how many there are, `vector` is one register and
+its arithmetic, `tile` is a block of registers that accumulates dot products, `math` is
+exp and friends on vectors, `atomic` is the shared counter from which threads take work.
+"""

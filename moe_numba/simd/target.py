@@ -1,0 +1,61 @@
+"""Which vector registers the processor that Numba compiles for has."""
+
+from functools import lru_cache
+
+import llvmlite.binding as llvm
+from numba.core import config
+
+_PROBE = """
+define <16 x float> @probe(<16 x float> %a, <16 x float> %b) {
+  %c = fadd <16 x float> %a, %b
+  ret <16 x float> %c
+}
+"""
+
+
+def cpu_name() -> str:
+    """Name of the processor that Numba compiles for, as LLVM knows it."""
+    return config.CPU_NAME or llvm.get_host_cpu_name()
+
+
+@lru_cache
+def cpu_features() -> frozenset[str]:
+    """Instruction sets that Numba lets LLVM use; empty when they follow from `cpu_name` alone."""
+    if config.CPU_FEATURES is not None:
+        return frozenset(f[1:] for f in config.CPU_FEATURES.split(",") if f.startswith("+"))
+    return frozenset(name for name, has in llvm.get_host_cpu_features().items() if has)
+
+
+@lru_cache
+def register_bits() -> int:
+    """Width of the widest vector register in bits: 512, 256 or 128.
+
+    Asked of LLVM when the features are implied by a processor's name (NUMBA_CPU_NAME with
+    NUMBA_CPU_FEATURES=""), because llvmlite has no query for them.
+    """
+    features = cpu_features()
+    if features:
+        return 512 if "avx512f" in features else 256 if "avx2" in features and "fma" in features else 128
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine(cpu=cpu_name())
+    assembly = machine.emit_assembly(llvm.parse_assembly(_PROBE))
+    return 512 if "zmm" in assembly else 256 if "ymm" in assembly else 128
+
+
+def has_32_registers() -> bool:
+    """True with 32 vector registers (AVX-512, 64-bit ARM), False with 16 (SSE, AVX2)."""
+    return register_bits() == 512 or llvm.get_default_triple().startswith(("aarch64", "arm64"))
+
+
+#: Processors with AVX512-BF16, for when features follow from the name alone.
+_BF16_PROCESSORS = {"cooperlake", "sapphirerapids", "emeraldrapids", "graniterapids", "znver4", "znver5"}
+
+
+def has_bf16_dot() -> bool:
+    """True if a dot product of bfloat16 pairs is one instruction (AVX512-BF16)."""
+    return "avx512bf16" in cpu_features() or (not cpu_features() and cpu_name() in _BF16_PROCESSORS)
+
+
+#: float32 values in one vector.
+LANES = register_bits() // 32

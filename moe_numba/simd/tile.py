@@ -1,0 +1,290 @@
+"""A block of vector registers that accumulates ROWS x COLUMNS dot products.
+
+A tile is a tuple of `rows * columns` vectors; LLVM keeps it in registers. Entry (i, j)
+accumulates, lane by lane, the products of activation row i and weight row j; the lanes are
+added up once, at the end, always in the same order. The result for one row therefore does
+not depend on the rows that share its tile.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from .target import LANES, has_32_registers, has_bf16_dot
+from .vector import (
+    BYTE,
+    INT32,
+    INT64,
+    INT_VECTOR,
+    VECTOR,
+    ZEROS,
+    Bfloats,
+    Floats,
+    Vec,
+    first_lanes,
+    fma_ir,
+    masked_load,
+    masked_store,
+    unaligned_load,
+)
+
+#: Activation rows of the largest tile.
+TILE_ROWS = 4
+#: Weight rows of every tile. 4 x 6 accumulators, 4 activation vectors and one weight vector
+#: fill 29 of 32 registers; 4 x 2 fill 13 of 16. At most LANES, for `store_sums`.
+TILE_COLUMNS = min(6, LANES) if has_32_registers() else 2
+
+
+@intrinsic
+def zero_tile(typing, rows_at):
+    """A tile of zeros with as many rows as `rows_at` has entries."""
+    tile = types.UniTuple(Vec, rows_at.count * TILE_COLUMNS)
+
+    def generate(context, builder, signature, args):
+        return context.make_tuple(builder, tile, [ZEROS] * tile.count)
+
+    return tile(rows_at), generate
+
+
+def _unpack(builder, aggregate, count):
+    return [builder.extract_value(aggregate, i) for i in range(count)]
+
+
+@intrinsic
+def clamped_offsets(typing, at, stride, last):
+    """Offsets at + j * stride for j = 0 .. TILE_COLUMNS - 1, with j held at `last`.
+
+    A tile at the edge of the matrix reads its last row again instead of reading past it.
+    """
+    offsets = types.UniTuple(types.int64, TILE_COLUMNS)
+
+    def generate(context, builder, signature, args):
+        at, stride, last = args
+        values = []
+        for j in range(TILE_COLUMNS):
+            inside = builder.icmp_signed("<", INT64(j), last)
+            row = builder.select(inside, INT64(j), last)
+            values.append(builder.add(at, builder.mul(row, stride)))
+        return context.make_tuple(builder, offsets, values)
+
+    return offsets(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def prefetch_step(typing, w, columns_at, k):
+    """Ask for the cache line of w[columns_at[j] + k] for every j. Addresses past the array are harmless."""
+
+    def generate(context, builder, signature, args):
+        w, columns_at, k = args
+        for j in range(TILE_COLUMNS):
+            row = builder.gep(w, [builder.extract_value(columns_at, j)])
+            line = builder.bitcast(builder.gep(row, [k]), BYTE.as_pointer())
+            builder.call(prefetch_function(builder), [line, INT32(0), INT32(2), INT32(1)])
+        return context.get_dummy_value()
+
+    return types.void(w, columns_at, types.int64), generate
+
+
+def prefetch_function(builder):
+    kind = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), INT32, INT32, INT32])
+    return cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+
+
+class _Float32Products:
+    """float32 times float32, one vector at a time."""
+
+    step = LANES
+
+    @staticmethod
+    def load(builder, pointer, n):
+        """The next `step` values; with n only the first n, and zeros."""
+        if n is None:
+            return unaligned_load(builder, pointer)
+        return masked_load(builder, pointer, first_lanes(builder, n), ZEROS)
+
+    load_row = load_column = load
+
+    @staticmethod
+    def accumulate(builder, row, column, total):
+        return fma_ir(builder, row, column, total)
+
+
+class _Bfloat16(ir.Type):
+    """LLVM's bfloat, which llvmlite does not know."""
+
+    def _to_string(self):
+        return "bfloat"
+
+
+class _Bfloat16Products:
+    """bfloat16 times bfloat16 by AVX512-BF16: pairs of products added to each float32 lane."""
+
+    step = 2 * LANES
+    vector = ir.VectorType(ir.IntType(16), 2 * LANES)
+    pairs = ir.VectorType(_Bfloat16(), 2 * LANES)
+
+    @classmethod
+    def load(cls, builder, pointer, n):
+        if n is None:
+            values = unaligned_load(builder, pointer, cls.vector, align=2)
+        else:
+            zeros = ir.Constant(cls.vector, [0] * cls.step)
+            values = masked_load(builder, pointer, first_lanes(builder, n, cls.step), zeros)
+        return builder.bitcast(values, cls.pairs)
+
+    load_row = load_column = load
+
+    @classmethod
+    def accumulate(cls, builder, row, column, total):
+        kind = ir.FunctionType(VECTOR, [VECTOR, cls.pairs, cls.pairs])
+        dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+        return builder.call(dot, [total, row, column])
+
+
+class _WidenedProducts(_Bfloat16Products):
+    """float32 times bfloat16 without AVX512-BF16: weights at even and odd places as float32.
+
+    A pair of bfloat16 is one 32-bit word: shifted left it is the even value as float32, with its
+    low half cleared the odd one. The activations are split into even and odd to match.
+    """
+
+    @classmethod
+    def load_column(cls, builder, pointer, n):
+        words = builder.bitcast(super().load(builder, pointer, n), INT_VECTOR)
+        sixteen, high = (ir.Constant(INT_VECTOR, [n] * LANES) for n in (16, -65536))
+        return [builder.bitcast(w, VECTOR) for w in (builder.shl(words, sixteen), builder.and_(words, high))]
+
+    @classmethod
+    def load_row(cls, builder, pointer, n):
+        second = builder.gep(pointer, [INT64(LANES)])
+        rest = None if n is None else builder.sub(n, INT64(LANES))
+        halves = [_Float32Products.load(builder, *at) for at in ((pointer, n), (second, rest))]
+        mask = ir.VectorType(INT32, LANES)
+        places = (list(range(start, 2 * LANES, 2)) for start in (0, 1))
+        return [builder.shuffle_vector(*halves, ir.Constant(mask, list(p))) for p in places]
+
+    @staticmethod
+    def accumulate(builder, row, column, total):
+        for values, weights in zip(row, column, strict=True):
+            total = fma_ir(builder, values, weights, total)
+        return total
+
+
+_PRODUCTS = {
+    (Floats, Floats): _Float32Products,
+    (Bfloats, Bfloats): _Bfloat16Products,
+    (Floats, Bfloats): _WidenedProducts,
+}
+
+
+def operand_dtype(storage):
+    """dtype of the activations that are multiplied with weights of a storage dtype, as `_PRODUCTS` wants."""
+    return np.dtype(np.uint16 if storage == np.uint16 and has_bf16_dot() else np.float32)
+
+
+@intrinsic
+def step_size(typing, a, w):
+    """Values along K that one `dot_step` of activations a and weights w takes."""
+    step = _PRODUCTS[a, w].step
+
+    def generate(context, builder, signature, args):
+        return INT64(step)
+
+    return types.int64(a, w), generate
+
+
+@intrinsic
+def line_size(typing, memory):
+    """Values in a cache line of 64 bytes."""
+
+    def generate(context, builder, signature, args):
+        return INT64(64 * 8 // memory.dtype.bitwidth)
+
+    return types.int64(memory), generate
+
+
+def _dot_step(products, context, builder, signature, args, n):
+    """Multiply one step of every activation row with one of every weight row."""
+    tile, a, rows_at, w, columns_at, k = args[:6]
+    tile_type, _, rows_type, _, columns_type = signature.args[:5]
+    sums = _unpack(builder, tile, tile_type.count)
+
+    def place(memory, offsets, i):
+        row = builder.gep(memory, [builder.extract_value(offsets, i)])
+        return builder.gep(row, [k])
+
+    rows = [products.load_row(builder, place(a, rows_at, i), n) for i in range(rows_type.count)]
+    for j in range(columns_type.count):
+        column = products.load_column(builder, place(w, columns_at, j), n)
+        for i, row in enumerate(rows):
+            entry = i * columns_type.count + j
+            sums[entry] = products.accumulate(builder, row, column, sums[entry])
+    return context.make_tuple(builder, tile_type, sums)
+
+
+@intrinsic
+def dot_step(typing, tile, a, rows_at, w, columns_at, k):
+    """tile[i, j] += a[rows_at[i] + k :][:s] . w[columns_at[j] + k :][:s] for s = step_size(a, w)"""
+    products = _PRODUCTS[a, w]
+
+    def generate(context, builder, signature, args):
+        return _dot_step(products, context, builder, signature, args, None)
+
+    return tile(tile, a, rows_at, w, columns_at, types.int64), generate
+
+
+@intrinsic
+def dot_step_partial(typing, tile, a, rows_at, w, columns_at, k, n):
+    """`dot_step` over n < step_size(a, w) values."""
+    products = _PRODUCTS[a, w]
+
+    def generate(context, builder, signature, args):
+        return _dot_step(products, context, builder, signature, args, args[6])
+
+    return tile(tile, a, rows_at, w, columns_at, types.int64, types.int64), generate
+
+
+def _pack_sums(builder, vectors):
+    """One vector that begins with the sums over the lanes of each of `vectors`.
+
+    Halves of two vectors are added at a time (vectors a, b become [a_low + a_high, b_low +
+    b_high]), so n sums cost about 3 n instructions instead of 8 n. Within one vector lane i
+    meets lane i + LANES/2, then i + LANES/4, ...: the same order whatever stands beside it.
+    """
+
+    def halve(a, b, group):
+        b = b if b is not None else a
+        lanes = range(2 * LANES)
+        low, high = ([i for i in lanes if (i % group < group // 2) == first] for first in (True, False))
+        mask = ir.VectorType(INT32, LANES)
+        return builder.fadd(
+            builder.shuffle_vector(a, b, ir.Constant(mask, low)), builder.shuffle_vector(a, b, ir.Constant(mask, high))
+        )
+
+    group = LANES
+    while group > 1:
+        pairs = zip(vectors[::2], [*vectors[1::2], None], strict=False)
+        vectors = [halve(a, b, group) for a, b in pairs]
+        group //= 2
+    return vectors[0]
+
+
+@intrinsic
+def store_sums(typing, tile, rows_at, first, out, at, stride, n):
+    """out[at + i * stride + j] = the finished dot product (i, j), for j < n; added to it unless `first`."""
+    rows = rows_at.count
+
+    def generate(context, builder, signature, args):
+        tile_value, _, first, out, at, stride, n = args
+        vectors = _unpack(builder, tile_value, tile.count)
+        mask = first_lanes(builder, n)
+        known = first_lanes(builder, builder.select(first, INT64(0), n))
+        for i in range(rows):
+            row = builder.gep(out, [builder.add(at, builder.mul(stride, INT64(i)))])
+            sums = _pack_sums(builder, vectors[i * TILE_COLUMNS : (i + 1) * TILE_COLUMNS])
+            sums = builder.fadd(masked_load(builder, row, known, ZEROS), sums)
+            masked_store(builder, sums, row, mask)
+        return context.get_dummy_value()
+
+    return types.void(tile, rows_at, types.boolean, Floats, types.int64, types.int64, types.int64), generate
