@@ -1,0 +1,214 @@
+"""Router scores, softmax, top-k and capacity: steps 1 to 5 of docs/how-it-works.md."""
+
+import numpy as np
+from numba import prange
+
+from .._jit import helper, inline, kernel
+from ..simd.atomic import take_next
+from ..simd.math import exp
+from ..simd.target import LANES
+from ..simd.vector import load, load_or, max_lanes, pointer, splat, store, sum_lanes, where_less
+from .projection import CONSECUTIVE, ROW_BLOCK, project
+
+#: Tokens per piece of work: enough for full tiles, few enough to share 64 tokens among threads.
+TOKEN_BLOCK = 32
+#: Experts per piece of work; a multiple of the tile's columns.
+EXPERT_BLOCK = 24
+assert TOKEN_BLOCK <= ROW_BLOCK
+
+
+@inline
+def softmax(row, at, n):
+    """Replace row[at : at + n] by its softmax. All NaN if a value is NaN or +inf, or all are -inf."""
+    high = splat(np.float32(-np.inf))
+    for i in range(0, n, LANES):
+        x = load_or(row, at + i, min(LANES, n - i), high)
+        high = where_less(high, x, x, high)
+    high = splat(max_lanes(high))
+    total = splat(np.float32(0.0))
+    for i in range(0, n, LANES):
+        size = min(LANES, n - i)
+        e = exp(load(row, at + i, size) - high)
+        store(e, row, at + i, size)
+        total = total + load(row, at + i, size)
+    total = splat(sum_lanes(total))
+    for i in range(0, n, LANES):
+        size = min(LANES, n - i)
+        store(load(row, at + i, size) / total, row, at + i, size)
+
+
+@inline
+def top_k(probs, t, k, indices, weights):
+    """The k largest of probs[t], the larger first, ties to the lower index. O(E + inserts * k).
+
+    A row of NaN yields the indices 0 .. k - 1.
+    """
+    for j in range(k):
+        indices[t, j] = j
+        weights[t, j] = probs[t, j]
+    for j in range(1, k):  # insertion sort of the first k
+        _sink(indices, weights, t, j, j, probs[t, j])
+    for e in range(k, probs.shape[1]):
+        p = probs[t, e]
+        if p > weights[t, k - 1]:
+            _sink(indices, weights, t, k - 1, e, p)
+
+
+@inline
+def _sink(indices, weights, t, last, e, p):
+    """Place expert e before the entries of the sorted row t that are smaller than p."""
+    j = last
+    while j > 0 and p > weights[t, j - 1]:
+        indices[t, j] = indices[t, j - 1]
+        weights[t, j] = weights[t, j - 1]
+        j -= 1
+    indices[t, j] = e
+    weights[t, j] = p
+
+
+@inline
+def normalise(weights, t, n):
+    """Scale weights[t, :n] to sum to 1; equal shares if every chosen probability underflowed to 0."""
+    total = np.float32(0.0)
+    for j in range(n):
+        total += weights[t, j]
+    for j in range(n):
+        weights[t, j] = weights[t, j] / total if total != 0.0 else np.float32(1.0) / np.float32(n)
+
+
+@helper
+def _choose_with_room(probs, t, k, counts, capacity, pass_over, indices, weights):
+    """Give token t its experts as `route` says; return how many slots found one."""
+    best = indices[t, 0]
+    found = 0
+    if pass_over:
+        for e in range(probs.shape[1]):
+            p = probs[t, e]
+            if counts[e] < capacity and (found < k or p > weights[t, k - 1]):
+                _sink(indices, weights, t, min(found, k - 1), e, p)
+                found = min(found + 1, k)
+    else:
+        for j in range(k):
+            e = indices[t, j]
+            if counts[e] < capacity:
+                indices[t, found] = e
+                weights[t, found] = probs[t, e]
+                found += 1
+    for j in range(found, k):
+        indices[t, j] = indices[t, found - 1] if found > 0 else best
+        weights[t, j] = 0.0
+    normalise(weights, t, found)
+    return found
+
+
+@helper
+def _fill_in_order(probs, capacity, pass_over, indices, weights, used, counts):
+    """The capacity pass: tokens in order, each takes what still has room."""
+    counts[:] = 0
+    k = indices.shape[1]
+    for t in range(indices.shape[0]):
+        full = False
+        for j in range(used[t]):
+            full = full or counts[indices[t, j]] >= capacity
+        if full:
+            used[t] = _choose_with_room(probs, t, k, counts, capacity, pass_over, indices, weights)
+        for j in range(used[t]):
+            counts[indices[t, j]] += 1
+
+
+@kernel
+def route(x, weight, noise, capacity, pass_over, probs, indices, weights, used, counts, threads, counters):
+    """Route tokens to experts.
+
+    x           (T, H) float32 tokens
+    weight      (E, H) float32 router weight
+    noise       (T, E) float32 added to the logits, or (0, 0)
+    capacity    rows an expert takes; negative: no limit
+    pass_over   a full expert is passed over for the next best; otherwise the slot is lost
+    Writes
+    probs       (T, E) float32 softmax(x @ weight.T + noise)
+    indices     (T, K) int64 chosen experts, then for unfilled slots the last chosen one
+    weights     (T, K) float32 probabilities of the chosen, summing to 1; 0 for unfilled slots
+    used        (T,) int64 slots that found an expert
+    counts      (E,) int64 rows per expert
+    threads     that share the work
+    counters    (at least 1,) int64 scratch
+
+    Parallel over blocks of (tokens, experts), then of tokens. The capacity pass runs in token
+    order on one thread, and only if an expert is over its limit.
+    """
+    tokens = x.shape[0]
+    experts = weight.shape[0]
+    k = indices.shape[1]
+    expert_blocks = (experts + EXPERT_BLOCK - 1) // EXPERT_BLOCK
+    token_blocks = (tokens + TOKEN_BLOCK - 1) // TOKEN_BLOCK
+
+    counters[0] = 0
+    for _ in prange(threads):
+        _logits(x, weight, probs, token_blocks * expert_blocks, expert_blocks, counters)
+    for block in prange(token_blocks):
+        first = np.int64(block) * TOKEN_BLOCK
+        _select(first, min(first + TOKEN_BLOCK, tokens), noise, probs, indices, weights)
+
+    counts[:] = 0
+    over = False
+    for t in range(tokens):
+        # With a limit, a token of NaN probabilities takes no room from the others.
+        used[t] = k
+        if capacity >= 0 and np.isnan(weights[t, 0]):
+            used[t] = 0
+            indices[t, :] = 0
+        for j in range(used[t]):
+            e = indices[t, j]
+            counts[e] += 1
+            over = over or counts[e] > capacity
+    if capacity >= 0 and over:
+        _fill_in_order(probs, capacity, pass_over, indices, weights, used, counts)
+
+
+@helper
+def _logits(x, weight, probs, items, expert_blocks, counters):
+    """Write logits into probs, a block of (tokens, experts) at a time, until none is left."""
+    tokens, width = x.shape
+    experts = weight.shape[0]
+    while True:
+        item = take_next(pointer(counters, 0), 0)
+        if item >= items:
+            break
+        t = item // expert_blocks * TOKEN_BLOCK
+        e = item % expert_blocks * EXPERT_BLOCK
+        project(
+            pointer(x, t * width),
+            width,
+            pointer(CONSECUTIVE, 0),
+            min(TOKEN_BLOCK, tokens - t),
+            pointer(weight, e * width),
+            width,
+            min(EXPERT_BLOCK, experts - e),
+            width,
+            pointer(probs, t * experts + e),
+            experts,
+        )
+
+
+@helper
+def _select(first, end, noise, probs, indices, weights):
+    """Turn the logits of tokens first <= t < end into probabilities, choices and weights."""
+    experts = probs.shape[1]
+    k = indices.shape[1]
+    noisy = noise.shape[0] > 0
+    row = pointer(probs, 0)
+    for t in range(first, end):
+        if noisy:
+            for e in range(experts):
+                probs[t, e] += noise[t, e]
+        softmax(row, t * experts, experts)
+        top_k(probs, t, k, indices, weights)
+        normalise(weights, t, k)
+
+
+@kernel
+def softmax_rows(x):
+    """Replace every row of x (T, E) by its softmax."""
+    for t in prange(x.shape[0]):
+        softmax(pointer(x, 0), np.int64(t) * x.shape[1], x.shape[1])
