@@ -1,0 +1,243 @@
+"""The command line: moe-numba run, info, warmup."""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from importlib import metadata
+from pathlib import Path
+
+import numba
+import numpy as np
+
+from . import __version__
+from ._jit import KERNELS
+from ._warmup import warmup
+from .batch import run
+from .errors import MoeError
+from .layer import MoeLayer
+from .simd import target
+from .simd.tile import TILE_COLUMNS, TILE_ROWS
+from .threads import get_num_threads, set_num_threads
+
+DATA = Path(__file__).parent / "data"
+BAR_WIDTH = 40
+
+
+def main(arguments=None) -> int:
+    """Run a command; 0 when it succeeded, 2 for bad input, with one line on stderr."""
+    for name in ("SIGTERM", "SIGHUP"):  # so that an ended run removes its unfinished output
+        if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
+            signal.signal(getattr(signal, name), _exit_on_signal)
+    try:
+        options = _parser().parse_args(arguments)
+        options.command(options)
+        sys.stdout.flush()
+        return 0
+    except MoeError as error:
+        message = str(error)
+    except MemoryError as error:
+        message = f"not enough memory, try a smaller --batch-size ({error})"
+    except KeyboardInterrupt:
+        print("moe-numba: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        _discard_stdout()
+        return 141
+    except OSError as error:
+        _discard_stdout()
+        message = f"standard output cannot be written ({error.strerror})"
+    print("moe-numba: error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _exit_on_signal(number, frame):
+    sys.exit(128 + number)
+
+
+def _discard_stdout():
+    """Let what is still buffered go nowhere instead of failing again when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        message = " ".join(message.split())
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser():
+    parser = _Parser(prog="moe-numba", description="Mixture-of-Experts layers on the CPU.")
+    parser.add_argument("--version", action="version", version=f"moe_numba {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "run",
+        help="send tokens from a file through a layer",
+        description="Send tokens from a file through a layer, in batches, on all cores. Without files: a layer "
+        "trained to remove noise from images of handwritten digits, and 1797 such images, which ship in the package.",
+    )
+    command.set_defaults(command=_run)
+    command.add_argument("--layer", metavar="FILE", help="layer saved by MoeLayer.save (.safetensors)")
+    command.add_argument("--input", metavar="FILE", help="tokens of shape (..., input_dim), .npy or .safetensors")
+    command.add_argument("--output", metavar="FILE", help="where to write the layer's output (.npy)")
+    command.add_argument("--batch-size", metavar="N", type=int, default=4096, help="tokens per batch (4096)")
+    command.add_argument("--threads", metavar="N", type=int, help="threads to use (all cores)")
+    command.add_argument("--json", action="store_true", help="print the report as one JSON object")
+
+    command = commands.add_parser("info", help="what moe_numba found on this machine")
+    command.set_defaults(command=_info)
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+
+    command = commands.add_parser("warmup", help="compile all kernels now, so that no later call waits for it")
+    command.set_defaults(command=_warmup)
+    return parser
+
+
+# ---- run ----
+
+
+def _run(options):
+    layer_file = DATA / "digits_layer.safetensors" if options.layer is None else options.layer
+    input_file = DATA / "digits.npy" if options.input is None else options.input
+    if options.output is not None and not options.output.endswith(".npy"):
+        raise MoeError(f"--output was {options.output!r}, but must end in .npy")
+    if options.threads is not None:
+        try:
+            set_num_threads(options.threads)
+        except MoeError as error:
+            raise MoeError(f"--threads: {error}") from None
+    layer = MoeLayer.load(layer_file)
+    warmup([layer.config.dtype])
+    with _progress_bar() as bar:
+        report = run(layer, input_file, options.output, options.batch_size, functools.partial(_advance, bar))
+    config = layer.config
+    facts = {
+        "layer": str(layer_file) if options.layer is not None else "trained denoiser for digits (ships in the package)",
+        "input": str(input_file)
+        if options.input is not None
+        else "1797 handwritten digits, 8 x 8 pixels, UCI (ship in the package)",
+        "output": options.output,
+        "num_experts": config.num_experts,
+        "top_k": config.top_k,
+        "input_dim": config.input_dim,
+        "hidden_dim": config.hidden_dim,
+        "activation": config.activation,
+        "dtype": config.dtype,
+        "threads": get_num_threads(),
+        **dataclasses.asdict(report),
+    }
+    if options.json:
+        if math.isnan(facts["balance_loss"]):  # tokens of NaN; JSON has no such number
+            facts["balance_loss"] = None
+        print(json.dumps(facts, allow_nan=False))
+    else:
+        print(_report_text(facts))
+
+
+def _advance(bar, done, total):
+    bar.total = total
+    bar.update(done - bar.n)
+
+
+def _progress_bar():
+    from tqdm import tqdm
+
+    # disable=None: only on a terminal. delay: only if the run takes longer than that, in seconds.
+    return tqdm(unit=" tokens", unit_scale=True, delay=1.0, disable=None, leave=False)
+
+
+def _report_text(facts):
+    shape = (
+        "{num_experts} experts, {top_k} per token, {input_dim} -> {hidden_dim} -> {input_dim}, {activation}, {dtype}"
+    )
+    lines = [
+        ("layer", facts["layer"]),
+        ("", shape.format(**facts)),
+        ("input", facts["input"]),
+        ("output", facts["output"] or "not written (--output FILE writes it)"),
+        ("tokens", f"{facts['tokens']:,}"),
+        ("time", f"{_duration(facts['seconds'])} on {facts['threads']} thread{'s' * (facts['threads'] > 1)}"),
+        ("speed", f"{facts['tokens_per_second']:,.0f} tokens per second"),
+        ("dropped", f"{facts['dropped_rows']:,} rows, {facts['dropped_tokens']:,} whole tokens"),
+        ("balance loss", f"{facts['balance_loss']:.4f} (1 is even)"),
+    ]
+    text = [f"{name:13} {value}" for name, value in lines]
+    return "\n".join([*text, "", "rows per expert", *_bar_chart(facts["rows_per_expert"])])
+
+
+def _bar_chart(counts):
+    """One line per expert: number, bar, rows, share."""
+    total = sum(counts) or 1
+    longest = max(counts) or 1
+    digits = len(str(len(counts) - 1))
+    bars = ("#" * round(BAR_WIDTH * n / longest) for n in counts)
+    return [
+        f"  {e:{digits}} {bar:{BAR_WIDTH}} {n:>{len(f'{longest:,}')},} {n / total:6.1%}"
+        for e, (n, bar) in enumerate(zip(counts, bars, strict=True))
+    ]
+
+
+def _duration(seconds):
+    for unit, length in (("s", 1), ("ms", 1e-3)):
+        if seconds >= length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+# ---- info, warmup ----
+
+
+def _info(options):
+    facts = _facts()
+    if options.json:
+        print(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        print(f"{name.replace('_', ' '):17} {', '.join(value) if isinstance(value, list) else value}")
+
+
+def _facts():
+    threads = get_num_threads()  # starts Numba's threads, after which the layer is known
+    features = target.cpu_features()
+    used = [name for name in ("avx512f", "avx2", "fma", "neon") if name in features]
+    lanes = target.LANES
+    cache = {Path(twin._cache.cache_path) for k in KERNELS for twin in (k.serial, k.parallel) if twin._cache.cache_path}
+    return {
+        "processor": _processor(),
+        "compiled_for": target.cpu_name(),
+        "instruction_sets": used or ["those of " + target.cpu_name()],
+        "vector": f"{target.register_bits()} bits, {lanes} float32",
+        "tile": f"{TILE_ROWS} rows x {TILE_COLUMNS} columns",
+        "threads": f"{threads} of {os.cpu_count()} processors",
+        "threading_layer": numba.threading_layer(),
+        "cache": sorted(str(path) for path in cache) or "none can be written: kernels are compiled in every process",
+        "moe_numba": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "numba": numba.__version__,
+        "llvmlite": metadata.version("llvmlite"),
+    }
+
+
+def _processor():
+    """The processor's own name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _warmup(options):
+    start = time.perf_counter()
+    n = warmup()
+    print(f"{n} kernels compiled or loaded from the cache in {time.perf_counter() - start:.1f} s")

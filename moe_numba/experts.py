@@ -1,0 +1,253 @@
+"""Experts: all experts' stacked weights. Expert: one of them. fused_experts: on raw arrays."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from . import _check
+from ._init import expert_weights
+from ._workspace import chunk_tokens, take_workspace
+from .config import ACTIVATIONS
+from .formats import FORMATS
+from .kernels.activations import CODES
+from .kernels.experts import Weights, experts_forward
+from .plan import DispatchPlan
+from .simd.tile import operand_dtype
+from .threads import threads_for, twin
+
+_NO_BIAS = np.empty((0, 0), np.float32)
+
+
+class Experts(Sequence):
+    """The weights of E experts, and their weighted sum for a batch.
+
+    activation: a key of config.ACTIVATIONS. dtype: the weights' format, one of config.DTYPES. Arrays
+    in the checkpoint's layout, used in place if they are C-contiguous and in the format (bfloat16
+    also as uint16), otherwise converted:
+    up (E, F, H), or (E, 2F, H) with the gate's rows first for gated activations; down (E, H, F);
+    up_bias (E, F or 2F) and down_bias (E, H), or None.
+
+    `experts[e]` is an Expert whose arrays are views of these.
+    """
+
+    def __init__(self, activation, up, down, up_bias=None, down_bias=None, dtype="float32"):
+        self.activation = _check.choice("activation", activation, ACTIVATIONS)
+        function, self.gated = ACTIVATIONS[activation]
+        self._code = CODES[function]
+        up_name = "gate_up_proj" if self.gated else "up_proj"
+        rows_name = "2 * hidden_dim" if self.gated else "hidden_dim"
+        self._format = FORMATS[dtype]
+        up = self._encode(up_name, up, (None, None, None), f"(num_experts, {rows_name}, input_dim)")
+        self.num_experts, rows, self.input_dim = up.shape
+        if 0 in up.shape or (self.gated and rows % 2):
+            _check.fail(up_name, _check.describe(up), f"(num_experts, {rows_name}, input_dim), none of them 0")
+        self.hidden_dim = rows // 2 if self.gated else rows
+        down_shape = (self.num_experts, self.input_dim, self.hidden_dim)
+        self.up = up
+        self.down = self._encode("down_proj", down, down_shape)
+        self.up_bias = _bias(up_name.replace("proj", "bias"), up_bias, (self.num_experts, rows))
+        self.down_bias = _bias("down_bias", down_bias, (self.num_experts, self.input_dim))
+        biases = (_NO_BIAS if bias is None else bias for bias in (self.up_bias, self.down_bias))
+        up_bias, down_bias = map(_check.read_only, biases)
+        up, down = (_check.read_only(w.view(self._format.storage)) for w in (self.up, self.down))
+        self._operand = operand_dtype(self._format.storage)
+        self._weights = Weights(up, up_bias, down, down_bias)
+
+    def _encode(self, name, value, shape, wanted=None):
+        return self._format.encode(_check.shaped(name, value, shape, self._format.accepts, wanted))
+
+    def astype(self, dtype: str) -> "Experts":
+        """These experts with weights in another format; biases stay float32 and are shared."""
+        return Experts(self.activation, self.up, self.down, self.up_bias, self.down_bias, dtype=dtype)
+
+    def __reduce__(self):  # a copy builds views of its own arrays
+        arrays = (self.up, self.down, self.up_bias, self.down_bias)
+        return Experts, (self.activation, *arrays, self._format.name)
+
+    def __len__(self) -> int:
+        return self.num_experts
+
+    def __getitem__(self, e):
+        if isinstance(e, slice):
+            return [self[i] for i in range(*e.indices(len(self)))]
+        e = range(len(self))[e]  # negative indices and IndexError, as for a list
+        return Expert._of(self._slice(e))
+
+    def _slice(self, e):
+        """Experts holding only expert e, as views."""
+        biases = (None if bias is None else bias[e : e + 1] for bias in (self.up_bias, self.down_bias))
+        return Experts(self.activation, self.up[e : e + 1], self.down[e : e + 1], *biases, self._format.name)
+
+    def forward(self, x, indices, weights, used):
+        """y[t] = sum over k < used[t] of weights[t, k] * expert[indices[t, k]](x[t]).
+
+        x (T, H), weights (T, K) float32; indices (T, K), used (T,) int64; all C-contiguous.
+        Raises MoeValueError if a used index is not one of an expert.
+        """
+        tokens, k = indices.shape
+        if k == 0:
+            return np.zeros((tokens, self.input_dim), np.float32)
+        y = np.empty((tokens, self.input_dim), np.float32)
+        step = chunk_tokens(k, self.input_dim, self.hidden_dim)
+        if tokens <= step:
+            self._forward_chunk(x, indices, weights, used, y)
+            return y
+        for first in range(0, tokens, step):
+            part = slice(first, min(first + step, tokens))
+            self._forward_chunk(x[part], indices[part], weights[part], used[part], y[part])
+        return y
+
+    def _forward_chunk(self, x, indices, weights, used, y):
+        tokens, k = indices.shape
+        plan = DispatchPlan(indices, used, self.num_experts)
+        if plan.num_invalid:
+            bad = indices[(indices < 0) | (indices >= self.num_experts)][0]
+            _check.fail("topk_ids", f"an array with the value {bad}", f"from 0 to {self.num_experts - 1}")
+        threads = threads_for(plan.num_rows * self.hidden_dim * self.input_dim * (3 if self.gated else 2))
+        space = take_workspace(tokens, tokens * k, self.input_dim, self.hidden_dim, threads, self._operand)
+        kernel = twin(experts_forward, threads)
+        kernel(_check.read_only(x), self._weights, self._code, self.gated, plan.rows, weights, used, space, y)
+
+
+def _bias(name, bias, shape):
+    return None if bias is None else _check.floats(name, bias, shape)
+
+
+class _LiveArray:
+    """An array of an Expert: reading gives a view of the weights, assigning writes into them.
+
+    view(experts) finds the array in an Experts that holds one expert, in the orientation of x @ w.
+    None if this expert has no such array: gated_only for experts without a gate, is_bias for those
+    without biases.
+    """
+
+    def __init__(self, doc, view, gated_only=False, is_bias=False):
+        self.__doc__ = doc
+        self._view = view
+        self._gated_only = gated_only
+        self._is_bias = is_bias
+
+    def __set_name__(self, owner, name):
+        self._name = name
+
+    def __get__(self, expert, owner=None):
+        if expert is None:
+            return self
+        experts = expert._experts
+        if (self._gated_only and not experts.gated) or (self._is_bias and experts.up_bias is None):
+            return None
+        return self._view(experts)
+
+    def __set__(self, expert, value):
+        view = self.__get__(expert)
+        if view is None:
+            _check.fail(self._name, "assigned", f"left alone: this expert has no {self._name}")
+        _check.assign(self._name, view, value)
+
+
+class Expert:
+    """One expert: act(x @ w1 + b1) @ w2 + b2, or gated (act(x @ w1 + b1) * (x @ w3 + b3)) @ w2 + b2.
+
+    Standing alone, with random weights: `Expert(input_dim, hidden_dim)`. From a layer:
+    `layer.experts[e]`, whose arrays are live views of the layer's weights.
+
+    Reading w1, w2, w3, b1, b2 or b3 gives a view; writing to it or assigning to the attribute changes
+    what forward uses. Arrays that an expert does not have are None.
+    """
+
+    __slots__ = ("_experts",)  # a misspelt w1 is an error
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dim: int,
+        *,
+        activation: str = "relu",
+        bias: bool = True,
+        seed: int = 0,
+        init: str = "xavier",
+    ):
+        input_dim = _check.integer("input_dim", input_dim, 1)
+        hidden_dim = _check.integer("hidden_dim", hidden_dim, 1)
+        _check.choice("activation", activation, ACTIVATIONS)
+        self._experts = random_experts(1, input_dim, hidden_dim, activation, bias, seed, init)
+
+    @classmethod
+    def _of(cls, experts):
+        self = cls.__new__(cls)
+        self._experts = experts
+        return self
+
+    @property
+    def input_dim(self) -> int:
+        """H, width of the input and the output."""
+        return self._experts.input_dim
+
+    @property
+    def hidden_dim(self) -> int:
+        """F, width of the hidden layer."""
+        return self._experts.hidden_dim
+
+    w1 = _LiveArray("(H, F) first projection; of gated experts the gate", lambda e: e.up[0, : e.hidden_dim].T)
+    w2 = _LiveArray("(F, H) second projection", lambda e: e.down[0].T)
+    w3 = _LiveArray("(H, F) up projection of gated experts", lambda e: e.up[0, e.hidden_dim :].T, gated_only=True)
+    b1 = _LiveArray("(F,) bias of w1", lambda e: e.up_bias[0, : e.hidden_dim], is_bias=True)
+    b2 = _LiveArray("(H,) bias of w2", lambda e: e.down_bias[0], is_bias=True)
+    b3 = _LiveArray("(F,) bias of w3", lambda e: e.up_bias[0, e.hidden_dim :], gated_only=True, is_bias=True)
+
+    def forward(self, x: ArrayLike) -> np.ndarray:
+        """x (H,) -> (H,) float32."""
+        x = _check.floats("x", x, (self.input_dim,))
+        return self.forward_batch(x[None])[0]
+
+    def forward_batch(self, x: ArrayLike) -> np.ndarray:
+        """x (N, H) -> (N, H) float32."""
+        x = _check.floats("x", x, (None, self.input_dim), f"(N, {self.input_dim})")
+        n = x.shape[0]
+        return self._experts.forward(x, np.zeros((n, 1), np.int64), np.ones((n, 1), np.float32), np.ones(n, np.int64))
+
+
+def random_experts(num_experts, input_dim, hidden_dim, activation, bias, seed, init, dtype="float32") -> Experts:
+    """Experts with fresh weights (see `_init`) and zero biases, or none."""
+    gated = ACTIVATIONS[activation].gated
+    up, down = expert_weights(num_experts, input_dim, hidden_dim, gated, seed, init)
+    biases = [np.zeros(w.shape[:2], np.float32) if bias else None for w in (up, down)]
+    return Experts(activation, up, down, *biases, dtype)
+
+
+def fused_experts(
+    hidden_states: ArrayLike,
+    gate_up_proj: ArrayLike | None = None,
+    down_proj: ArrayLike | None = None,
+    topk_weights: ArrayLike | None = None,
+    topk_ids: ArrayLike | None = None,
+    activation: str = "swiglu",
+    *,
+    up_proj: ArrayLike | None = None,
+) -> np.ndarray:
+    """Weighted sum of the chosen experts' outputs, for callers with a router of their own: (T, H) float32.
+
+    hidden_states  (T, H)
+    gate_up_proj   (E, 2F, H), gate rows first; for activations without a gate up_proj (E, F, H),
+                   in the same place or by name
+    down_proj      (E, H, F)
+    topk_weights   (T, K)
+    topk_ids       (T, K) integers from 0 to E - 1
+    activation     a key of config.ACTIVATIONS
+
+    Weights are used in place if they are C-contiguous float32 or bfloat16 (ml_dtypes), otherwise
+    converted to float32 in every call. Raises MoeValueError.
+    """
+    if up_proj is not None:
+        if gate_up_proj is not None:
+            _check.fail("up_proj", "given beside gate_up_proj", "the only one of the two")
+        gate_up_proj = up_proj
+    is_bfloat16 = getattr(gate_up_proj, "dtype", None) == FORMATS["bfloat16"].values
+    experts = Experts(activation, gate_up_proj, down_proj, dtype="bfloat16" if is_bfloat16 else "float32")
+    x = _check.floats("hidden_states", hidden_states, (None, experts.input_dim), f"(T, {experts.input_dim})")
+    weights = _check.floats("topk_weights", topk_weights, (len(x), None), f"({len(x)}, K)")
+    ids = _check.integers("topk_ids", topk_ids, weights.shape)
+    # Kernels are compiled for writable ones, as a router gives them.
+    weights, ids = (np.require(a, requirements="W") for a in (weights, ids))
+    return experts.forward(x, ids, weights, np.full(len(x), ids.shape[1], np.int64))
