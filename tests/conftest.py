@@ -1,0 +1,33 @@
+"""Fixtures and the hypothesis profile that all tests share."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+import moe_numba
+from moe_numba import threads
+
+settings.register_profile(
+    "quick", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("quick")
+
+
+@pytest.fixture
+def rng():
+    """A random generator that starts the same in every test."""
+    return np.random.default_rng(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_thread_count_afterwards():
+    """A test may call set_num_threads; the next one starts with all threads again."""
+    before = moe_numba.get_num_threads()
+    yield
+    moe_numba.set_num_threads(before)
+
+
+@pytest.fixture
+def always_parallel(monkeypatch):
+    """Kernels run on all threads however little there is to do."""
+    monkeypatch.setattr(threads, "SERIAL_BELOW", 0)

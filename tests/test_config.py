@@ -1,0 +1,132 @@
+"""Configurations: defaults, validation, round trips."""
+
+import dataclasses
+import inspect
+import json
+
+import numpy as np
+import pytest
+
+from moe_numba import MoeConfig, MoeValueError, RouterConfig
+from moe_numba.config import ACTIVATIONS
+
+DEFAULTS = {
+    "num_experts": 8,
+    "top_k": 2,
+    "capacity_factor": 1.25,
+    "noise_std": 0.0,
+    "input_dim": 64,
+    "hidden_dim": 128,
+}
+CONFIGS = [
+    MoeConfig(),
+    MoeConfig(64, 8, None, 0.1, 2048, 1024, activation="swiglu", bias=False, overflow="drop"),
+    MoeConfig(capacity_factor=1 / 3, noise_std=1e-300),
+    RouterConfig(16, 4, 2, 1.1),
+    RouterConfig(16, 4, 2, None, overflow="drop"),
+]
+
+
+def test_defaults_and_their_order():
+    config = MoeConfig()
+    positional = [p for p in inspect.signature(MoeConfig).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert {p.name: p.default for p in positional} == DEFAULTS
+    assert [p.name for p in positional] == list(DEFAULTS)
+    assert (config.activation, config.bias, config.dtype, config.overflow) == ("relu", True, "float32", "next")
+
+
+def test_router_config_order():
+    config = RouterConfig(16, 4, 2, 1.5)
+    assert (config.input_dim, config.num_experts, config.top_k, config.capacity_factor) == (16, 4, 2, 1.5)
+
+
+def test_router_config_of_a_layer_config():
+    config = MoeConfig(6, 3, None, input_dim=10, overflow="drop")
+    assert config.router_config() == RouterConfig(10, 6, 3, None, overflow="drop")
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_frozen_and_hashable(config):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.top_k = 1
+    assert hash(config) == hash(dataclasses.replace(config))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_round_trips_are_exact(config):
+    kind = type(config)
+    assert kind.from_dict(config.to_dict()) == config
+    assert kind.from_json(config.to_json()) == config
+    assert json.loads(config.to_json()) == config.to_dict()
+    assert list(config.to_dict()) == [f.name for f in dataclasses.fields(config)]
+
+
+def test_numpy_numbers_become_python_numbers():
+    config = MoeConfig(np.int64(4), np.uint8(1), np.float32(1.5), np.float64(0.5), np.int32(8), np.int16(4))
+    assert {type(value) for value in config.to_dict().values()} == {int, float, str, bool}
+    assert MoeConfig.from_json(config.to_json()) == config
+    assert type(MoeConfig(capacity_factor=2).capacity_factor) is float
+
+
+def test_from_dict_takes_defaults_for_missing_keys():
+    assert MoeConfig.from_dict({}) == MoeConfig()
+    assert MoeConfig.from_dict({"top_k": 1}) == MoeConfig(top_k=1)
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_activations_are_accepted(name):
+    assert MoeConfig(activation=name).activation == name
+
+
+COUNTS = [0, -1, 1.0, "2", None, True, np.True_, np.nan]
+WRONG = [
+    *(("num_experts", value) for value in COUNTS),
+    *(("top_k", value) for value in [*COUNTS, 9]),
+    *(("input_dim", value) for value in COUNTS),
+    *(("hidden_dim", value) for value in COUNTS),
+    *(("capacity_factor", value) for value in [0, 0.0, -1.0, np.nan, np.inf, "1", True, [1.0], 10**400]),
+    *(("noise_std", value) for value in [-0.1, np.nan, np.inf, "0", False, None, 10**400]),
+    *(("activation", value) for value in ["RELU", "", None, 3, ["relu"]]),
+    *(("bias", value) for value in [0, 1, "True", None]),
+    *(("dtype", value) for value in ["float16", "f4", np.float32, None]),
+    *(("overflow", value) for value in ["skip", "", None, 0]),
+]
+WRONG_ROUTER = [w for w in WRONG if w[0] in RouterConfig.__dataclass_fields__]
+
+
+def _short(value):
+    return str(value)[:20]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=_short)
+def test_wrong_values_are_named(name, value):
+    with pytest.raises(MoeValueError, match=rf"^{name} was .*, but must be "):
+        MoeConfig(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_ROUTER, ids=_short)
+def test_wrong_router_values_are_named(name, value):
+    valid = {"input_dim": 4, "num_experts": 8, "top_k": 2, "capacity_factor": 1.0}
+    with pytest.raises(MoeValueError, match=rf"^{name} was .*, but must be "):
+        RouterConfig(**(valid | {name: value}))
+
+
+@pytest.mark.parametrize("kind", [MoeConfig, RouterConfig])
+@pytest.mark.parametrize("values", [{"topk": 1}, {1: 2}, [("top_k", 1)], None, "top_k"])
+def test_from_dict_refuses_what_it_does_not_know(kind, values):
+    with pytest.raises(MoeValueError, match=r"^values was "):
+        kind.from_dict(values)
+
+
+def test_from_dict_names_a_missing_field():
+    with pytest.raises(MoeValueError, match="capacity_factor"):
+        RouterConfig.from_dict({"input_dim": 1, "num_experts": 1, "top_k": 1})
+
+
+NO_CONFIGS = ["", "{", "[]", "3", "null", '{"top_k": NaN}', '{"topk": 1}', None, 5, "[" * 100_000]
+
+
+@pytest.mark.parametrize("text", NO_CONFIGS, ids=_short)
+def test_from_json_refuses_what_is_no_config(text):
+    with pytest.raises(MoeValueError):
+        MoeConfig.from_json(text)
