@@ -1,0 +1,109 @@
+"""What is measured: layers of the shapes of real models, and the tokens sent through them.
+
+T tokens, H input_dim, F hidden_dim, E num_experts, K top_k.
+"""
+
+import math
+
+import numpy as np
+
+from moe_numba import MoeConfig, MoeLayer, TopKRouter
+from moe_numba._workspace import aligned_empty
+from moe_numba.plan import DispatchPlan
+
+
+def _swiglu(input_dim, hidden_dim, num_experts, top_k):
+    return MoeConfig(num_experts, top_k, None, 0.0, input_dim, hidden_dim, activation="swiglu", bias=False)
+
+
+def _relu(input_dim, hidden_dim, num_experts, top_k):
+    return MoeConfig(num_experts, top_k, None, 0.0, input_dim, hidden_dim, activation="relu", bias=True)
+
+
+#: Config by name; all dropless. In float32 the weights take: olmoe 1.6 GB, qwen3 2.4 GB,
+#: mixtral 5.6 GB, switch 151 MB, seed 0.5 MB.
+WORKLOADS = {
+    "olmoe": _swiglu(2048, 1024, 64, 8),
+    "qwen3": _swiglu(2048, 768, 128, 8),
+    "mixtral": _swiglu(4096, 14336, 8, 2),
+    "switch": _relu(768, 3072, 8, 1),
+    "seed": _relu(64, 128, 8, 2),
+}
+
+#: T of the batches: one token (decoding), a few users at once, a prompt.
+TOKENS = (1, 16, 512)
+
+#: What is timed: `layer` is `router`, then `experts`; `plan` is the part of `experts` before the products.
+STEPS = ("router", "plan", "experts", "layer")
+
+WEIGHT_STD = 0.02  # the usual start of language models
+
+
+def prepare(name, tokens, step):
+    """The function to time and a list of argument tuples for it, all built but not yet called.
+
+    Only what the step needs is built: the experts' weights are gigabytes, the router's are not.
+    """
+    config = WORKLOADS[name]
+    router = TopKRouter(config.router_config(), weight=_router_weight(config))
+    inputs = make_inputs(router, tokens)
+    if step == "router":
+        return router.route, [(x,) for x in inputs]
+    routed = [(x, router.route(x)) for x in inputs]
+    if step == "plan":
+        return DispatchPlan, [(r.expert_indices, r.slots_used, config.num_experts) for _, r in routed]
+    layer = make_layer(config)
+    if step == "experts":
+        return layer.experts.forward, [(x, r.expert_indices, r.expert_weights, r.slots_used) for x, r in routed]
+    return layer.forward, [(x,) for x in inputs]
+
+
+def make_layer(config):
+    """A MoeLayer with random weights and biases of standard deviation WEIGHT_STD."""
+    experts, h, f = config.num_experts, config.input_dim, config.hidden_dim
+    gated = config.activation == "swiglu"
+    up, rows = ("gate_up", 2 * f) if gated else ("up", f)
+    weights = {f"{up}_proj": _normal((experts, rows, h), 1), "down_proj": _normal((experts, h, f), 2)}
+    if config.bias:
+        weights |= {f"{up}_bias": _normal((experts, rows), 3), "down_bias": _normal((experts, h), 4)}
+    return MoeLayer.from_weights(config, router_weight=_router_weight(config), **weights)
+
+
+def make_inputs(router, tokens):
+    """Different batches (T, H), in an order in which consecutive ones meet different experts.
+
+    Otherwise a call with few tokens would find the weights of the call before in the cache, and
+    the time would be the cache's. From many random batches, the next is always the one whose
+    experts have all been left alone for longest; with many tokens every batch meets every expert.
+    """
+    generator = np.random.default_rng(0)
+    shape = (max(4, 256 // tokens), tokens, router.config.input_dim)
+    candidates = list(generator.standard_normal(shape, dtype=np.float32))
+    experts = [np.unique(router.route(x).expert_indices) for x in candidates]
+    last_met = np.full(router.config.num_experts, -1)  # number of the batch that met the expert
+    inputs = []
+    for number in range(max(4, 32 // tokens)):
+        best = min(range(len(candidates)), key=lambda i: last_met[experts[i]].max())
+        inputs.append(candidates.pop(best))
+        last_met[experts.pop(best)] = number
+    return inputs
+
+
+def _router_weight(config):
+    return _normal((config.num_experts, config.input_dim), 0)
+
+
+def _normal(shape, seed):
+    """Array whose rows begin on a cache line, as in a fresh MoeLayer, filled with copies of one random block.
+
+    Drawing every value would take most of the time of a run. The block's length is a prime, so
+    that no two rows are alike.
+    """
+    block = np.random.default_rng(seed).standard_normal(min(1_000_003, math.prod(shape)), dtype=np.float32)
+    block *= np.float32(WEIGHT_STD)
+    array = aligned_empty(shape)
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, block.size):
+        part = flat[start : start + block.size]
+        part[:] = block[: part.size]
+    return array
