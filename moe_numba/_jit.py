@@ -17,6 +17,7 @@ from pathlib import Path
 from numba import config, njit
 from numba.core import event
 from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.cpu_options import ParallelOptions
 
 #: Set on every function, because Numba lets a helper inherit what is left unset from whichever
 #: caller compiles it first.
@@ -27,12 +28,18 @@ _OPTIONS = {"nogil": True, "fastmath": False, "error_model": "numpy"}
 #: Only `prange` runs in parallel. Fusion would merge the parallel loops of consecutive steps of a
 #: kernel into one and lose the barrier between them (it cannot see what the functions that they
 #: call read and write); the others would start threads for `counts[:] = 0`.
-_PARALLEL = dict.fromkeys(
-    ("fusion", "comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil"), False
+#: Not as a dict, which Numba empties when it compiles the first signature of a kernel: the second
+#: would be compiled with everything on.
+_PARALLEL = ParallelOptions(
+    dict.fromkeys(("fusion", "comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil"), False)
 )
 
-inline = njit(forceinline=True, **_OPTIONS)
-helper = njit(**_OPTIONS)
+#: Helpers are called by kernels only, never from Python, so they need no way in from there: wrappers
+#: for it took 2 of 14 seconds of compiling a layer.
+_INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+inline = njit(forceinline=True, **_INNER, **_OPTIONS)
+helper = njit(**_INNER, **_OPTIONS)
 
 
 class Kernel:
@@ -46,8 +53,7 @@ class Kernel:
 
     @staticmethod
     def _compiled(function, parallel):
-        # a copy, because Numba empties the dict
-        dispatcher = njit(parallel=dict(_PARALLEL) if parallel else False, **_OPTIONS)(function)
+        dispatcher = njit(parallel=_PARALLEL if parallel else False, **_OPTIONS)(function)
         try:
             dispatcher._cache = _PackageCache(function, "parallel" if parallel else "serial")
         except (RuntimeError, OSError) as error:

@@ -108,14 +108,14 @@ def _registers(pieces, steps):
 def _tiles_worker(a, w, length, out, counters, pieces, steps):
     """`steps` times one step of the largest tile along rows of `length` values, for every piece."""
     rows_at = (0, length, 2 * length, 3 * length)
-    columns_at = clamped_offsets(0, length, TILE_COLUMNS - 1)
+    columns_at = clamped_offsets(length, TILE_COLUMNS - 1)
     step = step_size(a, w)
     while take_next(counters, 0) < pieces:
-        tile = zero_tile(rows_at)
+        tile = zero_tile(rows_at, columns_at)
         for _ in range(steps * step // length):
             for k in range(0, length, step):
                 tile = dot_step(tile, a, rows_at, w, columns_at, k)
-        store_sums(tile, rows_at, True, out, 0, LANES, TILE_COLUMNS)
+        store_sums(tile, columns_at, True, out, (0, LANES, 2 * LANES, 3 * LANES), TILE_COLUMNS)
 
 
 @_parallel

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from numba import njit
 from numpy.testing import assert_array_equal
 
 from moe_numba import reference
-from moe_numba._jit import helper
 from moe_numba.config import ACTIVATIONS
 from moe_numba.kernels.activations import CODES, activate
 from moe_numba.simd.target import LANES
@@ -14,7 +14,7 @@ from moe_numba.simd.vector import load, pointer, store
 FUNCTIONS = sorted(reference.FUNCTIONS)
 
 
-@helper
+@njit
 def _apply(code, x, out):
     for i in range(0, x.size, LANES):
         n = min(LANES, x.size - i)

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 from helpers import assert_same_bits, guarded_copy, random_array
+from numba import njit
 from numpy.testing import assert_array_equal
 
-from moe_numba._jit import helper
 from moe_numba.kernels.projection import BLOCK_STEPS, CONSECUTIVE, ROW_BLOCK, project
 from moe_numba.simd.target import LANES
 from moe_numba.simd.vector import pointer
 
 
-@helper
+@njit
 def _project(a, row_ids, w, out, columns):
     project(
         pointer(a, 0),
@@ -22,6 +22,7 @@ def _project(a, row_ids, w, out, columns):
         w.shape[1],
         columns,
         w.shape[1],
+        0,
         pointer(out, 0),
         out.shape[1],
     )

@@ -43,6 +43,9 @@ def two_steps(memory):
 
 
 def test_second_step_waits_for_the_first():
-    memory = Memory(np.zeros(2, np.int64), np.zeros(2, np.int64), np.zeros(1, np.int64))
-    Kernel(two_steps).parallel(memory)
-    assert memory.seen.tolist() == [2, 2]
+    kernel = Kernel(two_steps)
+    # Every signature: Numba once forgot the options of a kernel after it had compiled the first.
+    for dtype in (np.int64, np.int32):
+        memory = Memory(np.zeros(2, dtype), np.zeros(2, dtype), np.zeros(1, np.int64))
+        kernel.parallel(memory)
+        assert memory.seen.tolist() == [2, 2]

@@ -8,7 +8,6 @@ from helpers import guarded_copy, random_array, run_python
 from numba import njit, prange
 from numpy.testing import assert_array_equal
 
-from moe_numba._jit import helper
 from moe_numba.simd import target
 from moe_numba.simd.atomic import take_next
 from moe_numba.simd.math import exp, logistic, normal_cdf
@@ -43,7 +42,7 @@ EXP, LOGISTIC, NORMAL_CDF, ROUND_EVEN, POWER_OF_TWO = range(5)
 # ---- memory ----
 
 
-@helper
+@njit
 def _load_and_store(x, start, n, loaded, filled, stored):
     source = pointer(x, start)
     store(load(source, 0, n), pointer(loaded, 0), 0, LANES)
@@ -69,7 +68,7 @@ def test_load_and_store_touch_only_the_first_lanes(n):
 # ---- arithmetic ----
 
 
-@helper
+@njit
 def _arithmetic(a, b, c, out):
     x, y, z = load(pointer(a, 0), 0, LANES), load(pointer(b, 0), 0, LANES), load(pointer(c, 0), 0, LANES)
     to = pointer(out, 0)
@@ -124,7 +123,7 @@ def test_comparisons_with_nan():
 # ---- mathematics ----
 
 
-@helper
+@njit
 def _apply(function, x, out):
     for i in range(0, x.size, LANES):
         n = min(LANES, x.size - i)
@@ -195,16 +194,16 @@ def test_round_even_and_powers_of_two():
 # ---- tiles ----
 
 
-@helper
-def _dot_products(a, rows_at, w, w_stride, length, first, out, out_at, out_stride, columns):
-    columns_at = clamped_offsets(0, w_stride, columns - 1)
+@njit
+def _dot_products(a, rows_at, w, w_stride, length, first, out, out_at, columns):
+    columns_at = clamped_offsets(w_stride, columns - 1)
     rows, weights = pointer(a, 0), pointer(w, 0)
-    tile = zero_tile(rows_at)
+    tile = zero_tile(rows_at, columns_at)
     whole = length - length % LANES
     for k in range(0, whole, LANES):
         tile = dot_step(tile, rows, rows_at, weights, columns_at, k)
     tile = dot_step_partial(tile, rows, rows_at, weights, columns_at, whole, length - whole)
-    store_sums(tile, rows_at, first, pointer(out, 0), out_at, out_stride, columns)
+    store_sums(tile, columns_at, first, pointer(out, 0), out_at, columns)
 
 
 @pytest.mark.parametrize("rows", [1, 2, TILE_ROWS])
@@ -218,7 +217,8 @@ def test_tile_of_dot_products(rng, rows, columns):
         stride = columns + 2
         out = np.full((rows, stride), 99, np.float32)
         for first, times in ((True, 1), (False, 2)):  # stored, then added to what is there
-            _dot_products(a, tuple((order * length).tolist()), w, length, length, first, out, 1, stride, columns)
+            places = tuple(1 + i * stride for i in range(rows))
+            _dot_products(a, tuple((order * length).tolist()), w, length, length, first, out, places, columns)
             assert_array_equal(out[:, 1 : columns + 1], times * (a[order] @ w.T))
         assert_array_equal(out[:, [0, -1]], np.full((rows, 2), 99))
 

@@ -186,6 +186,7 @@ def _logits(x, weight, probs, items, expert_blocks, counters):
             width,
             min(EXPERT_BLOCK, experts - e),
             width,
+            0,
             pointer(probs, t * experts + e),
             experts,
         )

@@ -37,14 +37,14 @@ TILE_COLUMNS = min(6, LANES) if has_32_registers() else 2
 
 
 @intrinsic
-def zero_tile(typing, rows_at):
-    """A tile of zeros with as many rows as `rows_at` has entries."""
-    tile = types.UniTuple(Vec, rows_at.count * TILE_COLUMNS)
+def zero_tile(typing, rows_at, columns_at):
+    """A tile of zeros with as many rows and columns as the tuples have entries."""
+    tile = types.UniTuple(Vec, rows_at.count * columns_at.count)
 
     def generate(context, builder, signature, args):
         return context.make_tuple(builder, tile, [ZEROS] * tile.count)
 
-    return tile(rows_at), generate
+    return tile(rows_at, columns_at), generate
 
 
 def _unpack(builder, aggregate, count):
@@ -52,38 +52,35 @@ def _unpack(builder, aggregate, count):
 
 
 @intrinsic
-def clamped_offsets(typing, at, stride, last):
-    """Offsets at + j * stride for j = 0 .. TILE_COLUMNS - 1, with j held at `last`.
+def clamped_offsets(typing, stride, last):
+    """Offsets j * stride for j = 0 .. TILE_COLUMNS - 1, with j held at `last`.
 
     A tile at the edge of the matrix reads its last row again instead of reading past it.
     """
     offsets = types.UniTuple(types.int64, TILE_COLUMNS)
 
     def generate(context, builder, signature, args):
-        at, stride, last = args
+        stride, last = args
         values = []
         for j in range(TILE_COLUMNS):
             inside = builder.icmp_signed("<", INT64(j), last)
             row = builder.select(inside, INT64(j), last)
-            values.append(builder.add(at, builder.mul(row, stride)))
+            values.append(builder.mul(row, stride))
         return context.make_tuple(builder, offsets, values)
 
-    return offsets(types.int64, types.int64, types.int64), generate
+    return offsets(types.int64, types.int64), generate
 
 
 @intrinsic
-def prefetch_step(typing, w, columns_at, k):
-    """Ask for the cache line of w[columns_at[j] + k] for every j. Addresses past the array are harmless."""
+def prefetch(typing, memory, at):
+    """Ask for the cache line of memory[at]. Addresses past the array are harmless."""
 
     def generate(context, builder, signature, args):
-        w, columns_at, k = args
-        for j in range(TILE_COLUMNS):
-            row = builder.gep(w, [builder.extract_value(columns_at, j)])
-            line = builder.bitcast(builder.gep(row, [k]), BYTE.as_pointer())
-            builder.call(prefetch_function(builder), [line, INT32(0), INT32(2), INT32(1)])
+        line = builder.bitcast(builder.gep(args[0], [args[1]]), BYTE.as_pointer())
+        builder.call(prefetch_function(builder), [line, INT32(0), INT32(2), INT32(1)])
         return context.get_dummy_value()
 
-    return types.void(w, columns_at, types.int64), generate
+    return types.void(memory, types.int64), generate
 
 
 def prefetch_function(builder):
@@ -271,20 +268,23 @@ def _pack_sums(builder, vectors):
 
 
 @intrinsic
-def store_sums(typing, tile, rows_at, first, out, at, stride, n):
-    """out[at + i * stride + j] = the finished dot product (i, j), for j < n; added to it unless `first`."""
-    rows = rows_at.count
+def store_sums(typing, tile, columns_at, first, out, out_at, n):
+    """out[out_at[i] + j] = the finished dot product (i, j), for j < n; added to it unless `first`.
+
+    Rows may share a place if they are equal.
+    """
+    rows, columns = out_at.count, columns_at.count
 
     def generate(context, builder, signature, args):
-        tile_value, _, first, out, at, stride, n = args
+        tile_value, _, first, out, out_at, n = args
         vectors = _unpack(builder, tile_value, tile.count)
         mask = first_lanes(builder, n)
         known = first_lanes(builder, builder.select(first, INT64(0), n))
-        for i in range(rows):
-            row = builder.gep(out, [builder.add(at, builder.mul(stride, INT64(i)))])
-            sums = _pack_sums(builder, vectors[i * TILE_COLUMNS : (i + 1) * TILE_COLUMNS])
-            sums = builder.fadd(masked_load(builder, row, known, ZEROS), sums)
-            masked_store(builder, sums, row, mask)
+        places = [builder.gep(out, [at]) for at in _unpack(builder, out_at, rows)]
+        before = [masked_load(builder, place, known, ZEROS) for place in places]
+        for i, place in enumerate(places):
+            sums = _pack_sums(builder, vectors[i * columns : (i + 1) * columns])
+            masked_store(builder, builder.fadd(before[i], sums), place, mask)
         return context.get_dummy_value()
 
-    return types.void(tile, rows_at, types.boolean, Floats, types.int64, types.int64, types.int64), generate
+    return types.void(tile, columns_at, types.boolean, Floats, out_at, types.int64), generate
