@@ -27,6 +27,7 @@ from .vector import (
     masked_load,
     masked_store,
     unaligned_load,
+    unaligned_store,
 )
 
 #: Activation rows of the largest tile.
@@ -242,29 +243,43 @@ def dot_step_partial(typing, tile, a, rows_at, w, columns_at, k, n):
     return tile(tile, a, rows_at, w, columns_at, types.int64, types.int64), generate
 
 
-def _pack_sums(builder, vectors):
-    """One vector that begins with the sums over the lanes of each of `vectors`.
+#: Steps in which the lanes of a vector are added up: within every `block` lanes, lane i and lane
+#: i + distance. Those within 128 bits come first: shuffles that stay there are the cheapest.
+_SUM_STEPS = [(4, 2), (4, 1), *((LANES, d) for d in (8, 4) if d < LANES)]
 
-    Halves of two vectors are added at a time (vectors a, b become [a_low + a_high, b_low +
-    b_high]), so n sums cost about 3 n instructions instead of 8 n. Within one vector lane i
-    meets lane i + LANES/2, then i + LANES/4, ...: the same order whatever stands beside it.
+
+def _lane_sums(builder, vectors):
+    """One vector whose lane i is the sum over the lanes of vectors[i]; at most LANES of them.
+
+    Each step halves what two vectors have left and puts both in one, so LANES sums cost 3 (LANES - 1)
+    instructions. A vector's lanes meet in the same order whatever stands beside it.
     """
-
-    def halve(a, b, group):
-        b = b if b is not None else a
-        lanes = range(2 * LANES)
-        low, high = ([i for i in lanes if (i % group < group // 2) == first] for first in (True, False))
-        mask = ir.VectorType(INT32, LANES)
-        return builder.fadd(
-            builder.shuffle_vector(a, b, ir.Constant(mask, low)), builder.shuffle_vector(a, b, ir.Constant(mask, high))
-        )
-
-    group = LANES
-    while group > 1:
+    mask = ir.VectorType(INT32, LANES)
+    for block, distance in _SUM_STEPS:
+        firsts, seconds = [], []
+        for start in range(0, LANES, block):
+            for vector in (0, LANES):  # a shuffle counts on from the first vector to the second
+                for i in range(start, start + block):
+                    (seconds if i // distance % 2 else firsts).append(vector + i)
         pairs = zip(vectors[::2], [*vectors[1::2], None], strict=False)
-        vectors = [halve(a, b, group) for a, b in pairs]
-        group //= 2
+        vectors = [
+            builder.fadd(*(builder.shuffle_vector(a, b or a, ir.Constant(mask, half)) for half in (firsts, seconds)))
+            for a, b in pairs
+        ]
     return vectors[0]
+
+
+def _zeros(vector):
+    return ir.Constant(vector, [0.0] * vector.count)
+
+
+def _chunks(rows, columns):
+    """(first column, width) of the parts in which a tile is stored: sums of one part fill one vector at most."""
+    first = 0
+    while first < columns:
+        width = next(w for w in (4, 2, 1) if w * rows <= LANES and first + w <= columns)
+        yield first, width
+        first += width
 
 
 @intrinsic
@@ -278,13 +293,37 @@ def store_sums(typing, tile, columns_at, first, out, out_at, n):
     def generate(context, builder, signature, args):
         tile_value, _, first, out, out_at, n = args
         vectors = _unpack(builder, tile_value, tile.count)
-        mask = first_lanes(builder, n)
-        known = first_lanes(builder, builder.select(first, INT64(0), n))
-        places = [builder.gep(out, [at]) for at in _unpack(builder, out_at, rows)]
-        before = [masked_load(builder, place, known, ZEROS) for place in places]
-        for i, place in enumerate(places):
-            sums = _pack_sums(builder, vectors[i * columns : (i + 1) * columns])
-            masked_store(builder, builder.fadd(before[i], sums), place, mask)
+        row_at = _unpack(builder, out_at, rows)
+        parts = []  # (place, first column, sums) of each row of each chunk
+        for column, width in _chunks(rows, columns):
+            chunk = [vectors[i * columns + column + j] for i in range(rows) for j in range(width)]
+            sums = _lane_sums(builder, chunk)
+            for i, at in enumerate(row_at):
+                lanes = ir.Constant(ir.VectorType(INT32, width), list(range(i * width, (i + 1) * width)))
+                place = builder.gep(out, [builder.add(at, INT64(column))])
+                parts.append((place, column, builder.shuffle_vector(sums, sums, lanes)))
+
+        def write(load, store):
+            # All are read before any is written: a row that is computed twice is added once.
+            before = [load(place, column, value.type) for place, column, value in parts]
+            for (place, column, value), old in zip(parts, before, strict=True):
+                old = builder.select(first, _zeros(value.type), old)
+                store(builder.fadd(old, value), place, column)
+
+        def mask(column, kind):
+            return first_lanes(builder, builder.sub(n, INT64(column)), kind.count)
+
+        with builder.if_else(builder.icmp_signed("==", n, INT64(columns))) as (whole, edge):
+            with whole:
+                write(
+                    lambda place, column, kind: unaligned_load(builder, place, kind),
+                    lambda value, place, column: unaligned_store(builder, value, place),
+                )
+            with edge:
+                write(
+                    lambda place, column, kind: masked_load(builder, place, mask(column, kind), _zeros(kind)),
+                    lambda value, place, column: masked_store(builder, value, place, mask(column, value.type)),
+                )
         return context.get_dummy_value()
 
     return types.void(tile, columns_at, types.boolean, Floats, out_at, types.int64), generate

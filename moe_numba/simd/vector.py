@@ -53,6 +53,10 @@ def unaligned_load(builder, pointer, vector=VECTOR, align=4):
     return value
 
 
+def unaligned_store(builder, value, pointer, align=4):
+    builder.store(value, builder.bitcast(pointer, value.type.as_pointer())).align = align
+
+
 def splat_ir(builder, scalar, vector):
     """Every lane of `vector` (an IR vector type) set to the IR value `scalar`."""
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, INT32(0))
