@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ._workspace import aligned_empty
+from ._aligned import aligned_copy
 from .errors import CheckpointError
 
 
@@ -56,16 +56,10 @@ def read_tensors(path):
 
     try:
         with safe_open(path, framework="numpy") as file:
-            tensors = {name: _aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+            tensors = {}
+            for name in file.keys():  # noqa: SIM118
+                array = file.get_tensor(name)
+                tensors[name] = aligned_copy(array, array.dtype)
             return tensors, file.metadata() or {}
     except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from None
-
-
-def _aligned(array):
-    """A copy that begins on a cache line."""
-    if array.nbytes % 4:
-        return array
-    copy = aligned_empty(array.nbytes // 4).view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy

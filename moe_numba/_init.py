@@ -3,7 +3,7 @@
 import numpy as np
 
 from . import _check
-from ._workspace import aligned_empty
+from ._aligned import aligned_empty
 
 INITS = ("xavier", "sine")
 

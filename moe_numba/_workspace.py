@@ -5,17 +5,16 @@ a forward. Every Python thread keeps one buffer that grows to the largest call i
 `CHUNK_BYTES` bounds it, because experts.py cuts larger batches into chunks.
 """
 
-import math
 import threading
 
 import numpy as np
 
+from ._aligned import CACHE_LINE, aligned_empty
 from .kernels.experts import SCRATCH_SIZE, Workspace
 
 #: A batch is cut into chunks of tokens whose workspace stays below this. 256 MiB hold 2,700
 #: tokens of H = 2048, F = 1024, K = 8: enough rows per expert to read the weights once.
 CHUNK_BYTES = 256 * 2**20
-_LINE = 16  # float32 values in a cache line
 
 
 class _Memory(threading.local):
@@ -24,18 +23,6 @@ class _Memory(threading.local):
     def __init__(self):
         self.buffer = aligned_empty(0)
         self.workspaces = {}  # views of the buffer, by the shape of the call
-
-
-def aligned_empty(shape):
-    """Uninitialised float32 array that begins on a cache line.
-
-    A vector that straddles two lines costs two reads: the products of layers whose weights and
-    rows begin on a line ran 15 to 25 % faster than 16 bytes off it, where NumPy puts large arrays.
-    """
-    size = math.prod(np.atleast_1d(shape).tolist())
-    memory = np.empty(size + _LINE, np.float32)
-    start = -(memory.ctypes.data // memory.itemsize) % _LINE
-    return memory[start : start + size].reshape(shape)
 
 
 _memory = _Memory()
@@ -47,12 +34,12 @@ def _row_lines(width, dtype) -> int:
     Rows at a distance of a power of two would compete for the same few sets of the first-level
     cache; padding made blocks of 64 rows up to 15 % faster.
     """
-    return -(-width * np.dtype(dtype).itemsize // 64) | 1
+    return -(-width * np.dtype(dtype).itemsize // CACHE_LINE) | 1
 
 
 def chunk_tokens(top_k, input_dim, hidden_dim) -> int:
     """Tokens per chunk, so that its workspace stays below CHUNK_BYTES; at least 64."""
-    token, hidden = (64 * _row_lines(width, np.float32) for width in (input_dim, hidden_dim))
+    token, hidden = (CACHE_LINE * _row_lines(width, np.float32) for width in (input_dim, hidden_dim))
     return max(64, CHUNK_BYTES // (top_k * (token + hidden) + token))
 
 
@@ -72,7 +59,7 @@ def take_workspace(tokens, rows, input_dim, hidden_dim, threads, operand) -> Wor
         (rows, input_dim, np.float32),
         (threads, SCRATCH_SIZE, np.float32),
     ]
-    widths = [_LINE * _row_lines(width, dtype) for _, width, dtype in shapes]
+    widths = [CACHE_LINE // 4 * _row_lines(width, dtype) for _, width, dtype in shapes]
     size = sum(n * width for (n, _, _), width in zip(shapes, widths, strict=True))
     if size > _memory.buffer.size or len(_memory.workspaces) >= 64:
         _memory.workspaces.clear()  # these are views of the old buffer, and would keep it alive

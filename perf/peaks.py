@@ -17,8 +17,8 @@ import numba
 import numpy as np
 
 import moe_numba
+from moe_numba._aligned import aligned_empty
 from moe_numba._jit import helper
-from moe_numba._workspace import aligned_empty
 from moe_numba.simd.atomic import take_next
 from moe_numba.simd.target import LANES, has_bf16_dot
 from moe_numba.simd.tile import TILE_COLUMNS, TILE_ROWS, clamped_offsets, dot_step, step_size, store_sums, zero_tile

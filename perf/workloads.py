@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from moe_numba import MoeConfig, MoeLayer, TopKRouter
-from moe_numba._workspace import aligned_empty
+from moe_numba._aligned import aligned_empty
 from moe_numba.plan import DispatchPlan
 
 

@@ -7,19 +7,8 @@ import numpy as np
 import pytest
 
 from moe_numba import _workspace
-from moe_numba._workspace import aligned_empty, chunk_tokens, take_workspace
-
-CACHE_LINE = 64
-
-
-@pytest.mark.parametrize("shape", [(1,), (7,), (3, 5), (2, 3, 4), (1000, 33)])
-def test_aligned_memory_begins_on_a_cache_line(shape):
-    for _ in range(5):
-        array = aligned_empty(shape)
-        assert array.shape == shape
-        assert array.dtype == np.float32
-        assert array.flags.c_contiguous
-        assert array.ctypes.data % CACHE_LINE == 0
+from moe_numba._aligned import CACHE_LINE
+from moe_numba._workspace import chunk_tokens, take_workspace
 
 
 @pytest.mark.parametrize("operand", [np.dtype(np.float32), np.dtype(np.uint16)])

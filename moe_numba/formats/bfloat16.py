@@ -7,6 +7,7 @@ bfloat16 too; products and sums are float32.
 import ml_dtypes
 import numpy as np
 
+from .._aligned import converted
 from .._check import is_float
 from .format import Format
 
@@ -21,7 +22,7 @@ def _accepts(dtype):
 def _encode(array):
     if array.dtype == _UINT16:
         array = array.view(_BFLOAT16)
-    return np.require(array, _BFLOAT16, ["C", "A"])
+    return converted(array, _BFLOAT16)
 
 
 BFLOAT16 = Format("bfloat16", _BFLOAT16, _UINT16, _accepts, _encode, error=2**-8)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from .._aligned import converted
 from .._check import is_float
 from .format import Format
 
@@ -9,7 +10,7 @@ _FLOAT32 = np.dtype(np.float32)
 
 
 def _encode(array):
-    return np.require(array, np.float32, ["C", "A"])
+    return converted(array, _FLOAT32)
 
 
 FLOAT32 = Format("float32", _FLOAT32, _FLOAT32, is_float, _encode, error=0.0)
