@@ -15,6 +15,8 @@ from .kernels.experts import SCRATCH_SIZE, Workspace
 #: A batch is cut into chunks of tokens whose workspace stays below this. 256 MiB hold 2,700
 #: tokens of H = 2048, F = 1024, K = 8: enough rows per expert to read the weights once.
 CHUNK_BYTES = 256 * 2**20
+#: Tokens in a chunk, at least.
+LEAST_CHUNK = 64
 
 
 class _Memory(threading.local):
@@ -38,9 +40,9 @@ def _row_lines(width, dtype) -> int:
 
 
 def chunk_tokens(top_k, input_dim, hidden_dim) -> int:
-    """Tokens per chunk, so that its workspace stays below CHUNK_BYTES; at least 64."""
+    """Tokens per chunk, so that its workspace stays below CHUNK_BYTES; at least LEAST_CHUNK."""
     token, hidden = (CACHE_LINE * _row_lines(width, np.float32) for width in (input_dim, hidden_dim))
-    return max(64, CHUNK_BYTES // (top_k * (token + hidden) + token))
+    return max(LEAST_CHUNK, CHUNK_BYTES // (top_k * (token + hidden) + token))
 
 
 def take_workspace(tokens, rows, input_dim, hidden_dim, threads, operand) -> Workspace:

@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 
 from . import _check
 from ._init import expert_weights
-from ._workspace import chunk_tokens, take_workspace
+from ._workspace import LEAST_CHUNK, chunk_tokens, take_workspace
 from .config import ACTIVATIONS
 from .formats import FORMATS
 from .kernels.activations import CODES
@@ -16,7 +16,7 @@ from .plan import DispatchPlan
 from .simd.tile import operand_dtype
 from .threads import threads_for, twin
 
-_NO_BIAS = np.empty((0, 0), np.float32)
+_NO_BIAS = _check.read_only(np.empty((0, 0), np.float32))
 
 
 class Experts(Sequence):
@@ -50,8 +50,10 @@ class Experts(Sequence):
         self.down_bias = _bias("down_bias", down_bias, (self.num_experts, self.input_dim))
         biases = (_NO_BIAS if bias is None else bias for bias in (self.up_bias, self.down_bias))
         up_bias, down_bias = map(_check.read_only, biases)
-        up, down = (_check.read_only(w.view(self._format.storage)) for w in (self.up, self.down))
-        self._operand = operand_dtype(self._format.storage)
+        storage = self._format.storage
+        up, down = (w if w.dtype == storage else w.view(storage) for w in (self.up, self.down))
+        up, down = map(_check.read_only, (up, down))
+        self._operand = operand_dtype(storage)
         self._weights = Weights(up, up_bias, down, down_bias)
 
     def _encode(self, name, value, shape, wanted=None):
@@ -89,8 +91,7 @@ class Experts(Sequence):
         if k == 0:
             return np.zeros((tokens, self.input_dim), np.float32)
         y = np.empty((tokens, self.input_dim), np.float32)
-        step = chunk_tokens(k, self.input_dim, self.hidden_dim)
-        if tokens <= step:
+        if tokens <= LEAST_CHUNK or tokens <= (step := chunk_tokens(k, self.input_dim, self.hidden_dim)):
             self._forward_chunk(x, indices, weights, used, y)
             return y
         for first in range(0, tokens, step):
@@ -249,5 +250,7 @@ def fused_experts(
     weights = _check.floats("topk_weights", topk_weights, (len(x), None), f"({len(x)}, K)")
     ids = _check.integers("topk_ids", topk_ids, weights.shape)
     # Kernels are compiled for writable ones, as a router gives them.
-    weights, ids = (np.require(a, requirements="W") for a in (weights, ids))
-    return experts.forward(x, ids, weights, np.full(len(x), ids.shape[1], np.int64))
+    weights, ids = map(_check.writable, (weights, ids))
+    used = np.empty(len(x), np.int64)
+    used.fill(ids.shape[1])
+    return experts.forward(x, ids, weights, used)

@@ -13,8 +13,7 @@ from .config import RouterConfig
 from .kernels import routing
 from .threads import threads_for, twin
 
-_NO_NOISE = np.empty((0, 0), np.float32)
-_NO_NOISE.flags.writeable = False
+_NO_NOISE = _check.read_only(np.empty((0, 0), np.float32))
 
 
 @dataclass(slots=True, eq=False)

@@ -28,8 +28,8 @@ FLOORS = [
     ["formats", "_jit", "threads"],
     ["reference"],
     ["config"],
-    ["_check", "_aligned"],
-    ["errors", "_version"],
+    ["_check"],
+    ["_aligned", "errors", "_version"],
 ]
 LEVEL = {room: len(FLOORS) - i for i, rooms in enumerate(FLOORS) for room in rooms}
 

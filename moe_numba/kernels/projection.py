@@ -30,6 +30,9 @@ BLOCK_STEPS = 64
 #: more) while the weight rows stream past. Many rows take K in several passes (Mixtral, 128 rows:
 #: 22 % faster), few rows take it in one, because whole weight rows stream faster than pieces (10 %).
 PASS_LINES = 12288
+#: Cache lines from which a weight row is worth a stream of its own. Shorter ones lie in small layers,
+#: where the time is that of calling tiles (64 values: 3 of 15 us of a call with one token).
+STREAM_LINES = 24
 #: `row_ids` for rows that already lie side by side.
 CONSECUTIVE = np.arange(ROW_BLOCK)
 
@@ -89,9 +92,9 @@ def _strip(a, a_stride, row_ids, rows, w, w_stride, columns_at, n, size, ahead, 
 def project(a, a_stride, row_ids, rows, w, w_stride, columns, length, then, out, out_stride):
     """out[r, j] = a[row_ids[r]] . w[j] for r < rows (at most ROW_BLOCK) and j < columns.
 
-    Rows of one tile meet one weight row at a time, the whole length of it: the time is the memory's,
-    which reads one stream fastest. More rows meet TILE_COLUMNS weight rows at a time, a block of
-    K after the other.
+    Rows of one tile meet one weight row at a time, the whole length of it, if it is long: the time is
+    the memory's, which reads one stream fastest. More rows meet TILE_COLUMNS weight rows at a time, a
+    block of K after the other.
 
     All but the integers are pointers:
 
@@ -104,7 +107,8 @@ def project(a, a_stride, row_ids, rows, w, w_stride, columns, length, then, out,
     """
     block = BLOCK_STEPS * step_size(a, w)
     span = max(1, PASS_LINES * line_size(a) // (rows * block)) * block
-    width = TILE_COLUMNS if rows > TILE_ROWS else 1
+    streamed = rows <= TILE_ROWS and length >= STREAM_LINES * line_size(w)
+    width = 1 if streamed else TILE_COLUMNS
     for start in range(0, length, span):
         end = min(start + span, length)
         for j in range(0, columns, width):
@@ -121,8 +125,8 @@ def project(a, a_stride, row_ids, rows, w, w_stride, columns, length, then, out,
                     ahead = then - at
                 x, v, y = offset(a, k), offset(w, at), offset(out, j)
                 n = min(width, columns - j)
-                if rows > TILE_ROWS:
+                if streamed:
+                    _strip(x, a_stride, row_ids, rows, v, w_stride, (0,), n, size, ahead, k == 0, y, out_stride)
+                else:
                     columns_at = clamped_offsets(w_stride, n - 1)
                     _strip(x, a_stride, row_ids, rows, v, w_stride, columns_at, n, size, ahead, k == 0, y, out_stride)
-                else:
-                    _strip(x, a_stride, row_ids, rows, v, w_stride, (0,), n, size, ahead, k == 0, y, out_stride)

@@ -6,6 +6,8 @@ added up once, at the end, always in the same order. The result for one row ther
 not depend on the rows that share its tile.
 """
 
+from functools import lru_cache
+
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
@@ -176,6 +178,7 @@ _PRODUCTS = {
 }
 
 
+@lru_cache
 def operand_dtype(storage):
     """dtype of the activations that are multiplied with weights of a storage dtype, as `_PRODUCTS` wants."""
     return np.dtype(np.uint16 if storage == np.uint16 and has_bf16_dot() else np.float32)
