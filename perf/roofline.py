@@ -187,7 +187,7 @@ def _limits(rows):
 
 
 def draw(results, path):
-    """Write path.png: FLOP/s over FLOPs per byte, under the roof. Returns a line that says so, or why not."""
+    """Write path.png: shares over T, a panel for each weight format. Returns a line that says so, or why not."""
     try:
         import matplotlib
     except ImportError:
@@ -195,22 +195,28 @@ def draw(results, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    rows = [row for row in results if row["bytes"]]
-    for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        peak, reading = _limits([row for row in rows if row["dtype"] == dtype])
-        intensity = np.geomspace(0.3, 3000)
-        axes.plot(intensity, np.minimum(peak, reading * intensity) / 1e9, label=f"limit, {dtype}")
-    for name, dtype in dict.fromkeys((row["workload"], row["dtype"]) for row in rows):
-        points = [row for row in rows if (row["workload"], row["dtype"]) == (name, dtype)]
-        x = [row["flops"] / row["bytes"] for row in points]
-        y = [row["flops"] / row["seconds"] / 1e9 for row in points]
-        axes.plot(x, y, "o:", label=f"{name}, {dtype}")
-        for row, at in zip(points, zip(x, y, strict=True), strict=True):
-            axes.annotate(f" {row['tokens']}", at)
-    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte of weights", ylabel="GFLOP/s", title="Points: T")
-    axes.legend()
-    figure.savefig(f"{path}.png", dpi=150)
+    dtypes = list(dict.fromkeys(row["dtype"] for row in results))
+    figure, panels = pyplot.subplots(
+        1, len(dtypes), figsize=(5 * len(dtypes), 4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, dtype in zip(panels[0], dtypes, strict=True):
+        rows = [row for row in results if row["dtype"] == dtype]
+        for name in dict.fromkeys(row["workload"] for row in rows):
+            points = [row for row in rows if row["workload"] == name]
+            x, y = [row["tokens"] for row in points], [100 * row["share"] for row in points]
+            (line,) = panel.plot(x, y, label=name)
+            for limit, face in ((MEMORY, "white"), (PROCESSOR, line.get_color())):
+                at = [i for i, row in enumerate(points) if row["limit"] == limit]
+                style = {"color": line.get_color(), "markerfacecolor": face}
+                panel.plot([x[i] for i in at], [y[i] for i in at], "o", **style)
+        ticks = sorted({row["tokens"] for row in rows})
+        panel.set(title=f"{dtype} weights", xlabel="T tokens", xscale="log", ylim=(0, 100))
+        panel.set_xticks(ticks, ticks)
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+        panel.legend(loc="lower left")
+    panels[0][0].set_ylabel(f"% of the limit (open: {MEMORY}, filled: {PROCESSOR})")
+    figure.savefig(f"{path}.png", dpi=120)
     return f"picture: {path}.png"
 
 

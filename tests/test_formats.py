@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from helpers import assert_same_bits
 
-from moe_numba import MoeConfig, MoeLayer, MoeValueError, fused_experts, reference, set_num_threads
+from moe_numba import MoeConfig, MoeLayer, MoeValueError, fused_experts, reference
 from moe_numba.config import ACTIVATIONS, DTYPES
 from moe_numba.formats import FORMATS
 from moe_numba.kernels.projection import BLOCK_STEPS
@@ -73,23 +73,6 @@ def test_bfloat16_of_any_width(rng, input_dim, hidden_dim):
     y, routing = layer(x)
     exact = expected(layer, x, routing)
     assert np.abs(y - exact).max() <= 2**-8 * np.abs(exact).max()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 64, 129, 700, 2000])
-def test_a_token_does_not_depend_on_its_batch(rng, dtype, tokens):
-    layer = bfloat16_layer(33, 50).astype(dtype)
-    x = rng.standard_normal((tokens, 33)).astype(np.float32)
-    y, _ = layer(x)
-    order = rng.permutation(tokens)
-    assert_same_bits(layer(x[order])[0], y[order])
-    for i in rng.choice(tokens, min(tokens, 50), replace=False):
-        assert_same_bits(layer(x[i : i + 1])[0][0], y[i])
-    set_num_threads(1)
-    try:
-        assert_same_bits(layer(x)[0], y)
-    finally:
-        set_num_threads(2)
 
 
 def test_activations_are_rounded_to_nearest_even():

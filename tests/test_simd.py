@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from helpers import guarded_copy, random_array, run_python
+from helpers import guarded_copy, random_array
 from numba import njit, prange
 from numpy.testing import assert_array_equal
 
@@ -263,25 +263,3 @@ def test_target_describes_one_register():
 def test_register_bits_follow_the_features(monkeypatch, features, bits):
     monkeypatch.setattr(target, "cpu_features", lambda: frozenset(features))
     assert target.register_bits.__wrapped__() == bits
-
-
-_ON_ANOTHER_PROCESSOR = """
-import numpy as np
-from moe_numba import MoeConfig, MoeLayer, reference
-from moe_numba.simd.target import LANES
-layer = MoeLayer(MoeConfig(5, 2, None, input_dim=21, hidden_dim=11, activation="geglu", bias=False))
-x = np.random.default_rng(0).standard_normal((19, 21), np.float32)
-y, r = layer(x)
-experts = layer.experts
-expected = reference.experts_forward(
-    x, r.expert_indices, r.expert_weights, r.slots_used, "geglu", experts.up, experts.down
-)
-assert np.abs(y - expected).max() < 2e-5 * np.abs(expected).max()
-print(LANES)
-"""
-
-
-@pytest.mark.parametrize(("processor", "lanes"), [("haswell", 8), ("nehalem", 4)])
-def test_layer_on_narrower_registers(processor, lanes):
-    printed, _ = run_python(_ON_ANOTHER_PROCESSOR, NUMBA_CPU_NAME=processor, NUMBA_CPU_FEATURES="")
-    assert printed.split() == [str(lanes)]

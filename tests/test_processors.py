@@ -1,0 +1,40 @@
+"""Every instruction set: Numba compiles for another processor, in a process of its own."""
+
+import pytest
+from helpers import run_python
+
+_CODE = """
+import ml_dtypes
+import numpy as np
+from moe_numba import MoeConfig, MoeLayer, reference
+from moe_numba.simd.target import LANES, has_bf16_dot
+
+def check(dtype, error, input_dim, hidden_dim):
+    config = MoeConfig(5, 2, None, input_dim=input_dim, hidden_dim=hidden_dim, activation="geglu", bias=False)
+    layer = MoeLayer(config).astype(dtype)
+    x = np.random.default_rng(0).standard_normal((19, input_dim), np.float32)
+    y, r = layer(x)
+    weights = (np.float32(w) for w in (layer.experts.up, layer.experts.down))
+    tokens = x if dtype == "float32" else np.float32(x.astype(ml_dtypes.bfloat16))
+    expected = reference.experts_forward(tokens, r.expert_indices, r.expert_weights, r.slots_used, "geglu", *weights)
+    assert np.abs(y - expected).max() < error * np.abs(expected).max(), (dtype, input_dim)
+    for i in range(19):
+        assert layer(x[i : i + 1])[0][0].tobytes() == y[i].tobytes(), (dtype, input_dim, i)
+
+for dtype, error in (("float32", 2e-5), ("bfloat16", 2**-8)):
+    check(dtype, error, 21, 11)
+    check(dtype, error, 801, 9)  # long enough for weight rows to be streamed one at a time
+print(LANES, has_bf16_dot())
+"""
+
+PROCESSORS = {
+    "nehalem": "4 False",  # SSE 4.2
+    "haswell": "8 False",  # AVX2 and FMA
+    "skylake-avx512": "16 False",
+}
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_layer_on_another_processor(processor):
+    printed, _ = run_python(_CODE, NUMBA_CPU_NAME=processor, NUMBA_CPU_FEATURES="")
+    assert printed.strip() == PROCESSORS[processor]
