@@ -10,6 +10,7 @@ import numpy as np
 from . import _check
 from ._files import replacing
 from ._tokens import open_tokens
+from ._warmup import prepare
 from .errors import CheckpointError
 from .layer import MoeLayer
 from .losses import balance_of
@@ -47,6 +48,8 @@ def run(layer: MoeLayer, source, target=None, batch_size=4096, progress=lambda d
     probs = np.zeros(layer.config.num_experts)
     dropped = 0
 
+    for batch in {min(batch_size, count), count % batch_size}:
+        prepare(layer, batch)
     with contextlib.nullcontext() if target is None else replacing(target) as output:
         start = time.perf_counter()
         if output:

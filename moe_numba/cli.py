@@ -115,7 +115,6 @@ def _run(options):
         except MoeError as error:
             raise MoeError(f"--threads: {error}") from None
     layer = MoeLayer.load(layer_file)
-    warmup([layer.config.dtype])
     with _progress_bar() as bar:
         report = run(layer, input_file, options.output, options.batch_size, functools.partial(_advance, bar))
     config = layer.config

@@ -15,7 +15,8 @@ import moe_numba
 FLOORS = [
     ["__main__"],
     ["cli"],
-    ["_warmup", "batch", "data"],
+    ["batch", "data"],
+    ["_warmup"],
     ["__init__"],
     ["layer"],
     ["losses"],

@@ -156,3 +156,10 @@ def test_interrupted_run_leaves_the_old_output_whole(layer, tokens, tmp_path):
 
 def test_every_failure_is_a_moe_error():
     assert issubclass(CheckpointError, MoeError)
+
+
+def test_noise_is_that_of_the_first_calls(tokens, tmp_path):
+    noisy = MoeConfig(num_experts=4, input_dim=24, hidden_dim=16, capacity_factor=None, noise_std=1.0)
+    np.save(tmp_path / "x.npy", tokens)
+    run(MoeLayer(noisy, seed=3), tmp_path / "x.npy", tmp_path / "y.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), MoeLayer(noisy, seed=3)(tokens)[0])
