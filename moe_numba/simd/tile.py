@@ -307,7 +307,8 @@ def store_sums(typing, tile, columns_at, first, out, out_at, n):
                 parts.append((place, column, builder.shuffle_vector(sums, sums, lanes)))
 
         def write(load, store):
-            # All are read before any is written: a row that is computed twice is added once.
+            # All are read before any is written: a row that is computed twice is added once. What
+            # lies there before the first block is read too, and thrown away: cheaper than a branch.
             before = [load(place, column, value.type) for place, column, value in parts]
             for (place, column, value), old in zip(parts, before, strict=True):
                 old = builder.select(first, _zeros(value.type), old)
