@@ -19,7 +19,6 @@ def _project(a, row_ids, w, out, columns):
         pointer(row_ids, 0),
         row_ids.size,
         pointer(w, 0),
-        w.shape[1],
         columns,
         w.shape[1],
         0,

@@ -33,22 +33,25 @@ PASS_LINES = 12288
 #: Cache lines from which a weight row is worth a stream of its own. Shorter ones lie in small layers,
 #: where the time is that of calling tiles (H = 64, F = 128, one token: 1.5 us of a forward of 23).
 STREAM_LINES = 24
+#: Activations that a stream of weights leaves in the first-level cache, in cache lines: with more, each
+#: weight row fetches them from the second level again (K = 4096, 4 rows: 19 GB/s instead of 42).
+STREAM_ACTIVATIONS = 128
 #: `row_ids` for rows that already lie side by side.
 CONSECUTIVE = np.arange(ROW_BLOCK)
 
 
 @helper
-def _tile(a, rows_at, w, columns_at, length, fetch, fetch_end, w_stride, first, out, out_at, n):
+def _tile(a, rows_at, w, columns_at, length, fetch, fetch_end, fetch_stride, first, out, out_at, n):
     """One tile over one block of K: out = its dot products if `first`, else out += them.
 
-    Meanwhile asks for the `length` values at w[fetch], w[fetch + w_stride], ... up to w[fetch_end].
+    Meanwhile asks for the `length` values at w[fetch], w[fetch + fetch_stride], ... up to w[fetch_end].
     """
     tile = zero_tile(rows_at, columns_at)
     step = step_size(a, w)
     whole = length - length % step
     for k in range(0, whole, step):
         tile = dot_step(tile, a, rows_at, w, columns_at, k)
-        for at in range(fetch + k, fetch_end + k, w_stride):
+        for at in range(fetch + k, fetch_end + k, fetch_stride):
             prefetch(w, at)
     if whole < length:
         tile = dot_step_partial(tile, a, rows_at, w, columns_at, whole, length - whole)
@@ -56,8 +59,8 @@ def _tile(a, rows_at, w, columns_at, length, fetch, fetch_end, w_stride, first, 
 
 
 @helper
-def _strip(a, a_stride, row_ids, rows, w, w_stride, columns_at, n, size, ahead, first, out, out_stride):
-    """All rows against n weight rows over one block of K; `ahead` of these weights lie the next.
+def _strip(a, a_stride, row_ids, rows, w, columns_at, n, size, ahead, ahead_stride, first, out, out_stride):
+    """All rows against n weight rows over one block of K, while fetching as many weights `ahead` of these.
 
     A tile that has more rows than are left computes the last one again: two forms of tile are
     enough, and with so few rows the time is the memory's.
@@ -71,7 +74,7 @@ def _strip(a, a_stride, row_ids, rows, w, w_stride, columns_at, n, size, ahead, 
     fetch_end = ahead
     for t in range(tiles):
         fetch = fetch_end
-        fetch_end = ahead + (t + 1) * fetched // tiles * w_stride
+        fetch_end = ahead + (t + 1) * fetched // tiles * ahead_stride
         r0 = t * TILE_ROWS
         r1 = min(r0 + 1, rows - 1)
         a0 = element(row_ids, r0) * a_stride
@@ -79,54 +82,64 @@ def _strip(a, a_stride, row_ids, rows, w, w_stride, columns_at, n, size, ahead, 
         if rows - r0 <= 2:
             rows_at = (a0, a1)
             out_at = (r0 * out_stride, r1 * out_stride)
-            _tile(a, rows_at, w, columns_at, size, fetch, fetch_end, w_stride, first, out, out_at, n)
+            _tile(a, rows_at, w, columns_at, size, fetch, fetch_end, ahead_stride, first, out, out_at, n)
         else:
             r2 = r0 + 2
             r3 = min(r0 + 3, rows - 1)
             rows_at4 = (a0, a1, element(row_ids, r2) * a_stride, element(row_ids, r3) * a_stride)
             out_at4 = (r0 * out_stride, r1 * out_stride, r2 * out_stride, r3 * out_stride)
-            _tile(a, rows_at4, w, columns_at, size, fetch, fetch_end, w_stride, first, out, out_at4, n)
+            _tile(a, rows_at4, w, columns_at, size, fetch, fetch_end, ahead_stride, first, out, out_at4, n)
 
 
 @helper
-def project(a, a_stride, row_ids, rows, w, w_stride, columns, length, then, out, out_stride):
+def project(a, a_stride, row_ids, rows, w, columns, length, then, out, out_stride):
     """out[r, j] = a[row_ids[r]] . w[j] for r < rows (at most ROW_BLOCK) and j < columns.
 
-    Rows of one tile meet one weight row at a time, the whole length of it, if it is long: the time is
+    Few and short rows meet one weight row at a time, the whole length of it, if it is long: the time is
     the memory's, which reads one stream fastest. More rows meet TILE_COLUMNS weight rows at a time, a
-    block of K after the other.
+    block of K after the other, while the next weight rows are fetched.
 
     All but the integers are pointers:
 
     a           activations; row i begins at a[i * a_stride]
     row_ids     (rows,) int64 row of `a` for each r
-    w           weights; row j begins at w[j * w_stride]
+    w           weights; row j begins at w[j * length]
     length      values summed
     then        offset from `w` to the weights of the next call, which are fetched in advance
     out         row r begins at out[r * out_stride]
     """
     block = BLOCK_STEPS * step_size(a, w)
     span = max(1, PASS_LINES * line_size(a) // (rows * block)) * block
-    streamed = rows <= TILE_ROWS and length >= STREAM_LINES * line_size(w)
+    streamed = (
+        rows <= TILE_ROWS
+        and length >= STREAM_LINES * line_size(w)
+        and rows * length <= STREAM_ACTIVATIONS * line_size(a)
+    )
     width = 1 if streamed else TILE_COLUMNS
     for start in range(0, length, span):
         end = min(start + span, length)
         for j in range(0, columns, width):
+            if j + width < columns:
+                ahead = (j + width) * length + start
+            elif end < length:
+                ahead = end
+            else:
+                ahead = then
             for k in range(start, end, block):
                 size = min(block, end - k)
-                at = j * w_stride + k
-                if k + block < end:
-                    ahead = block
-                elif j + width < columns:
-                    ahead = width * w_stride + start - k
-                elif end < length:
-                    ahead = end - at
+                at = j * length + k
+                # Whole weight rows lie end to end and are fetched in that order, as long as they are:
+                # the processor recognises the stream and reads ahead of it.
+                if span < length:
+                    fetch, fetch_stride = ahead + k - start, length
                 else:
-                    ahead = then - at
+                    fetch, fetch_stride = ahead + width * k, size
                 x, v, y = offset(a, k), offset(w, at), offset(out, j)
                 n = min(width, columns - j)
+                first = k == 0
+                fetch -= at
                 if streamed:
-                    _strip(x, a_stride, row_ids, rows, v, w_stride, (0,), n, size, ahead, k == 0, y, out_stride)
+                    _strip(x, a_stride, row_ids, rows, v, (0,), n, size, fetch, fetch_stride, first, y, out_stride)
                 else:
-                    columns_at = clamped_offsets(w_stride, n - 1)
-                    _strip(x, a_stride, row_ids, rows, v, w_stride, columns_at, n, size, ahead, k == 0, y, out_stride)
+                    columns_at = clamped_offsets(length, n - 1)
+                    _strip(x, a_stride, row_ids, rows, v, columns_at, n, size, fetch, fetch_stride, first, y, out_stride)

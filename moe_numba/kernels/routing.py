@@ -183,7 +183,6 @@ def _logits(x, weight, probs, items, expert_blocks, counters):
             pointer(CONSECUTIVE, 0),
             min(TOKEN_BLOCK, tokens - t),
             pointer(weight, e * width),
-            width,
             min(EXPERT_BLOCK, experts - e),
             width,
             0,
