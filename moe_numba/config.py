@@ -25,12 +25,19 @@ ACTIVATIONS = {
     "identity": Activation("identity", gated=False),
     "swiglu": Activation("silu", gated=True),
     "geglu": Activation("gelu", gated=True),
+    "geglu_tanh": Activation("gelu_tanh", gated=True),
     "reglu": Activation("relu", gated=True),
 }
 #: Weight formats by name; formats/ holds one file for each.
 DTYPES = ("float32", "bfloat16")
 #: What happens to a token whose expert is full: it goes to its next best, or loses the slot.
 OVERFLOWS = ("next", "drop")
+#: How logits become scores.
+SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
+#: Score of a group of experts: its best one's, or the sum of its best two.
+GROUP_SCORES = ("max", "top2_sum")
+#: What takes the place of the scores of groups that are not chosen.
+GROUP_MASKS = ("zero", "-inf")
 
 
 class _Config:
@@ -70,19 +77,81 @@ class _Config:
     def _set(self, name, value):
         object.__setattr__(self, name, value)
 
+
+@dataclass(frozen=True, kw_only=True)
+class _Routing(_Config):
+    """How tokens choose experts; shared by MoeConfig and RouterConfig. docs/routing.md has the rules.
+
+    The model's own names where the families agree on one.
+    """
+
+    overflow: str = "next"  #: one of OVERFLOWS
+    expert_capacity: int | None = None  #: rows an expert takes from a call, at least 1, instead of capacity_factor
+    scoring: str = "softmax"  #: one of SCORINGS
+    score_before_topk: bool = True  #: False: experts are chosen by logits, and only the chosen are scored
+    norm_topk_prob: bool = True  #: whether the weights of a token's experts are divided by their sum
+    norm_eps: float = 0.0  #: >= 0: added to that sum
+    routed_scaling_factor: float = 1.0  #: > 0: factor of the weights, after `norm_topk_prob`
+    n_group: int = 1  #: groups of E / n_group neighbouring experts
+    topk_group: int | None = None  #: groups that a token chooses first, from 1 to n_group; None: all
+    group_score: str = "max"  #: one of GROUP_SCORES
+    group_mask: str = "zero"  #: one of GROUP_MASKS
+    logit_softcap: float | None = None  #: > 0: logits become cap * tanh(logit / cap)
+    router_bias: bool = False  #: whether the router adds a bias (E,) to its logits
+    selection_bias: bool = False  #: whether a bias (E,) is added to the scores for choosing, not for weighting
+
     def _check_routing(self):
-        for name in ("input_dim", "num_experts", "top_k"):
+        for name in ("input_dim", "num_experts", "top_k", "n_group"):
             self._set(name, _check.integer(name, getattr(self, name), 1))
-        if self.top_k > self.num_experts:
-            _check.fail("top_k", self.top_k, f"at most num_experts, which is {self.num_experts}")
         if self.capacity_factor is not None:
-            rule = "a number above 0, or None for no limit"
-            self._set("capacity_factor", _check.number("capacity_factor", self.capacity_factor, rule, lambda v: v > 0))
-        _check.choice("overflow", self.overflow, OVERFLOWS)
+            self._number("capacity_factor", "a number above 0, or None for no limit", lambda v: v > 0)
+        if self.expert_capacity is not None:
+            self._set("expert_capacity", _check.integer("expert_capacity", self.expert_capacity, 1))
+            if self.capacity_factor is not None:
+                _check.fail("capacity_factor", self.capacity_factor, "None beside expert_capacity")
+        for name, choices in {
+            "overflow": OVERFLOWS,
+            "scoring": SCORINGS,
+            "group_score": GROUP_SCORES,
+            "group_mask": GROUP_MASKS,
+        }.items():
+            _check.choice(name, getattr(self, name), choices)
+        self._check_booleans("score_before_topk", "norm_topk_prob", "router_bias", "selection_bias")
+        self._number("norm_eps", "a finite number of at least 0", lambda v: v >= 0)
+        self._number("routed_scaling_factor", "a finite number above 0", lambda v: v > 0)
+        if self.logit_softcap is not None:
+            self._number("logit_softcap", "a finite number above 0, or None", lambda v: v > 0)
+
+    def _check_choice(self, experts):
+        """What a token can choose of: `experts` as many as the router has logits."""
+        if self.top_k > experts:
+            _check.fail("top_k", self.top_k, f"at most num_experts, which is {experts}")
+        if experts % self.n_group:
+            _check.fail("n_group", self.n_group, f"a divisor of num_experts, which is {experts}")
+        size = experts // self.n_group
+        if self.topk_group is not None:
+            self._set("topk_group", _check.integer("topk_group", self.topk_group, 1))
+            if self.topk_group > self.n_group:
+                _check.fail("topk_group", self.topk_group, f"at most n_group, which is {self.n_group}")
+            if self.top_k > self.topk_group * size:
+                chosen = f"{self.topk_group} groups of {size}"
+                _check.fail("top_k", self.top_k, f"at most the experts of topk_group groups, {chosen}")
+        if self.n_group > 1 and self.group_score == "top2_sum" and size < 2:
+            _check.fail("group_score", repr(self.group_score), "'max' where a group is a single expert")
+        if self.n_group > 1 and not self.score_before_topk:
+            _check.fail("score_before_topk", False, "True where experts are chosen by groups")
+
+    def _check_booleans(self, *names):
+        for name in names:
+            if not isinstance(getattr(self, name), bool):
+                _check.fail(name, repr(getattr(self, name)), "True or False")
+
+    def _number(self, name, rule, accept):
+        self._set(name, _check.number(name, getattr(self, name), rule, accept))
 
 
 @dataclass(frozen=True)
-class MoeConfig(_Config):
+class MoeConfig(_Routing):
     """Configuration of a MoeLayer. Raises MoeValueError for values outside the stated ranges."""
 
     num_experts: int = 8  #: E, at least 1
@@ -94,32 +163,52 @@ class MoeConfig(_Config):
     activation: str = field(default="relu", kw_only=True)  #: a key of ACTIVATIONS
     bias: bool = field(default=True, kw_only=True)  #: whether both projections of an expert add a bias
     dtype: str = field(default="float32", kw_only=True)  #: weight format, one of DTYPES
-    overflow: str = field(default="next", kw_only=True)  #: one of OVERFLOWS
+    swiglu_limit: float | None = field(default=None, kw_only=True)  #: > 0: gate at most this, up within +- this
+    swiglu_alpha: float = field(default=1.0, kw_only=True)  #: > 0: gate * sigmoid(alpha * gate)
+    swiglu_beta: float = field(default=0.0, kw_only=True)  #: added to up
+    apply_router_weight_on_input: bool = field(default=False, kw_only=True)  #: weights scale tokens, not outputs
+    num_identity_experts: int = field(default=0, kw_only=True)  #: experts after the E that return the token
+    shared_hidden_dim: int = field(default=0, kw_only=True)  #: width of the expert that every token meets; 0: none
+    shared_gate: bool = field(default=False, kw_only=True)  #: whether a sigmoid gate weights the shared expert
+    sparsemixer_eps: float | None = field(default=None, kw_only=True)  #: > 0: route by sparsemixer; see its router
 
     def __post_init__(self):
         self._check_routing()
-        self._set("hidden_dim", _check.integer("hidden_dim", self.hidden_dim, 1))
-        rule = "a finite number of at least 0"
-        self._set("noise_std", _check.number("noise_std", self.noise_std, rule, lambda v: v >= 0))
+        for name, least in {"hidden_dim": 1, "num_identity_experts": 0, "shared_hidden_dim": 0}.items():
+            self._set(name, _check.integer(name, getattr(self, name), least))
+        self._check_choice(self.num_experts + self.num_identity_experts)
+        self._number("noise_std", "a finite number of at least 0", lambda v: v >= 0)
         _check.choice("activation", self.activation, ACTIVATIONS)
         _check.choice("dtype", self.dtype, DTYPES)
-        if not isinstance(self.bias, bool):
-            _check.fail("bias", repr(self.bias), "True or False")
+        self._check_booleans("bias", "apply_router_weight_on_input", "shared_gate")
+        if self.swiglu_limit is not None:
+            self._number("swiglu_limit", "a finite number above 0, or None", lambda v: v > 0)
+        self._number("swiglu_alpha", "a finite number above 0", lambda v: v > 0)
+        self._number("swiglu_beta", "a finite number", lambda v: True)
+        gating = (self.swiglu_limit, self.swiglu_alpha, self.swiglu_beta)
+        if gating != (None, 1.0, 0.0) and self.activation != "swiglu":
+            _check.fail("activation", repr(self.activation), "'swiglu' with swiglu_limit, swiglu_alpha or swiglu_beta")
+        if self.shared_gate and not self.shared_hidden_dim:
+            _check.fail("shared_gate", True, "False without a shared expert (shared_hidden_dim=0)")
+        if self.sparsemixer_eps is not None:
+            self._number("sparsemixer_eps", "a finite number above 0, or None", lambda v: v > 0)
 
     def router_config(self) -> "RouterConfig":
-        """The part of the configuration that the router needs."""
-        return RouterConfig(self.input_dim, self.num_experts, self.top_k, self.capacity_factor, overflow=self.overflow)
+        """The part of the configuration that the router needs; its experts include the identity experts."""
+        routing = {f.name: getattr(self, f.name) for f in fields(_Routing)}
+        experts = self.num_experts + self.num_identity_experts
+        return RouterConfig(self.input_dim, experts, self.top_k, self.capacity_factor, **routing)
 
 
 @dataclass(frozen=True)
-class RouterConfig(_Config):
+class RouterConfig(_Routing):
     """Configuration of a router; the fields are those of MoeConfig."""
 
     input_dim: int
     num_experts: int
     top_k: int
     capacity_factor: float | None
-    overflow: str = field(default="next", kw_only=True)
 
     def __post_init__(self):
         self._check_routing()
+        self._check_choice(self.num_experts)

@@ -22,6 +22,22 @@ CONFIGS = [
     MoeConfig(),
     MoeConfig(64, 8, None, 0.1, 2048, 1024, activation="swiglu", bias=False, overflow="drop"),
     MoeConfig(capacity_factor=1 / 3, noise_std=1e-300),
+    MoeConfig(
+        256,
+        8,
+        None,
+        activation="swiglu",
+        scoring="sigmoid",
+        selection_bias=True,
+        n_group=8,
+        topk_group=4,
+        group_score="top2_sum",
+        group_mask="-inf",
+        norm_eps=1e-20,
+        routed_scaling_factor=2.5,
+        shared_hidden_dim=32,
+    ),
+    MoeConfig(4, 1, None, expert_capacity=64, overflow="drop", num_identity_experts=2, sparsemixer_eps=0.01),
     RouterConfig(16, 4, 2, 1.1),
     RouterConfig(16, 4, 2, None, overflow="drop"),
 ]
@@ -63,7 +79,7 @@ def test_round_trips_are_exact(config):
 
 def test_numpy_numbers_become_python_numbers():
     config = MoeConfig(np.int64(4), np.uint8(1), np.float32(1.5), np.float64(0.5), np.int32(8), np.int16(4))
-    assert {type(value) for value in config.to_dict().values()} == {int, float, str, bool}
+    assert {type(value) for value in config.to_dict().values()} == {int, float, str, bool, type(None)}
     assert MoeConfig.from_json(config.to_json()) == config
     assert type(MoeConfig(capacity_factor=2).capacity_factor) is float
 
@@ -90,6 +106,20 @@ WRONG = [
     *(("bias", value) for value in [0, 1, "True", None]),
     *(("dtype", value) for value in ["float16", "f4", np.float32, None]),
     *(("overflow", value) for value in ["skip", "", None, 0]),
+    *(("scoring", value) for value in ["tanh", None]),
+    *((name, value) for name in ("group_score", "group_mask") for value in ["mean", None]),
+    *(("expert_capacity", value) for value in [0, 1.5, True]),
+    *(("n_group", value) for value in [0, 3, 16]),
+    *(("topk_group", value) for value in [0, 2, 1.0]),
+    *(("norm_eps", value) for value in [-1e-20, np.inf, None]),
+    *(("routed_scaling_factor", value) for value in [0, -1, np.nan, None]),
+    *(("logit_softcap", value) for value in [0, -1, np.nan, "30"]),
+    *((name, 1) for name in ("score_before_topk", "norm_topk_prob", "router_bias", "selection_bias")),
+    *((name, value) for name in ("swiglu_limit", "swiglu_alpha") for value in [0, -1, np.nan, "7"]),
+    *(("swiglu_beta", value) for value in [np.inf, None]),
+    *((name, 0) for name in ("apply_router_weight_on_input", "shared_gate")),
+    *((name, value) for name in ("num_identity_experts", "shared_hidden_dim") for value in [-1, 1.0, None]),
+    *(("sparsemixer_eps", value) for value in [0, np.inf, "0.01"]),
 ]
 WRONG_ROUTER = [w for w in WRONG if w[0] in RouterConfig.__dataclass_fields__]
 
@@ -109,6 +139,22 @@ def test_wrong_router_values_are_named(name, value):
     valid = {"input_dim": 4, "num_experts": 8, "top_k": 2, "capacity_factor": 1.0}
     with pytest.raises(MoeValueError, match=rf"^{name} was .*, but must be "):
         RouterConfig(**(valid | {name: value}))
+
+
+CLASHES = {
+    "activation": [{"swiglu_limit": 7.0}, {"swiglu_alpha": 1.702, "activation": "geglu"}, {"swiglu_beta": 1.0}],
+    "capacity_factor": [{"expert_capacity": 64, "capacity_factor": 1.0}],
+    "group_score": [{"n_group": 8, "group_score": "top2_sum"}],
+    "score_before_topk": [{"n_group": 2, "score_before_topk": False}],
+    "shared_gate": [{"shared_gate": True}],
+    "top_k": [{"top_k": 5, "n_group": 4, "topk_group": 2}, {"top_k": 11, "num_identity_experts": 2}],
+}
+
+
+@pytest.mark.parametrize(("name", "values"), [(name, v) for name, all_ in CLASHES.items() for v in all_], ids=_short)
+def test_options_that_exclude_each_other_are_named(name, values):
+    with pytest.raises(MoeValueError, match=rf"^{name} was .*, but must be "):
+        MoeConfig(**values)
 
 
 @pytest.mark.parametrize("kind", [MoeConfig, RouterConfig])

@@ -134,12 +134,12 @@ def project(a, a_stride, row_ids, rows, w, columns, length, then, out, out_strid
                     fetch, fetch_stride = ahead + k - start, length
                 else:
                     fetch, fetch_stride = ahead + width * k, size
+                fetch -= at
                 x, v, y = offset(a, k), offset(w, at), offset(out, j)
                 n = min(width, columns - j)
                 first = k == 0
-                fetch -= at
                 if streamed:
                     _strip(x, a_stride, row_ids, rows, v, (0,), n, size, fetch, fetch_stride, first, y, out_stride)
                 else:
-                    columns_at = clamped_offsets(length, n - 1)
-                    _strip(x, a_stride, row_ids, rows, v, columns_at, n, size, fetch, fetch_stride, first, y, out_stride)
+                    wide = clamped_offsets(length, n - 1)
+                    _strip(x, a_stride, row_ids, rows, v, wide, n, size, fetch, fetch_stride, first, y, out_stride)
