@@ -1,6 +1,7 @@
 """Experts: all experts' stacked weights. Expert: one of them. fused_experts: on raw arrays."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -10,8 +11,8 @@ from ._init import expert_weights
 from ._workspace import LEAST_CHUNK, chunk_tokens, take_workspace
 from .config import ACTIVATIONS
 from .formats import FORMATS
-from .kernels.activations import CODES
-from .kernels.experts import Weights, experts_forward
+from .kernels.activations import CLAMPED_SILU, CODES
+from .kernels.experts import Form, Weights, experts_forward
 from .plan import DispatchPlan
 from .simd.tile import operand_dtype
 from .threads import threads_for, twin
@@ -27,25 +28,50 @@ class Experts(Sequence):
     also as uint16), otherwise converted:
     up (E, F, H), or (E, 2F, H) with the gate's rows first for gated activations; down (E, H, F);
     up_bias (E, F or 2F) and down_bias (E, H), or None.
+    transposed: up is (E, H, F or 2F) and down (E, F, H). interleaved: gate and up take turns along 2F, in
+    the bias too. swiglu_limit, swiglu_alpha, swiglu_beta: as in MoeConfig.
 
     `experts[e]` is an Expert whose arrays are views of these.
     """
 
-    def __init__(self, activation, up, down, up_bias=None, down_bias=None, dtype="float32"):
+    def __init__(
+        self,
+        activation,
+        up,
+        down,
+        up_bias=None,
+        down_bias=None,
+        dtype="float32",
+        *,
+        transposed=False,
+        interleaved=False,
+        swiglu_limit=None,
+        swiglu_alpha=1.0,
+        swiglu_beta=0.0,
+    ):
         self.activation = _check.choice("activation", activation, ACTIVATIONS)
         function, self.gated = ACTIVATIONS[activation]
-        self._code = CODES[function]
+        self._options = {
+            "transposed": transposed,
+            "interleaved": interleaved,
+            "swiglu_limit": swiglu_limit,
+            "swiglu_alpha": swiglu_alpha,
+            "swiglu_beta": swiglu_beta,
+        }
+        self._format = FORMATS[dtype]
         up_name = "gate_up_proj" if self.gated else "up_proj"
         rows_name = "2 * hidden_dim" if self.gated else "hidden_dim"
-        self._format = FORMATS[dtype]
-        up = self._encode(up_name, up, (None, None, None), f"(num_experts, {rows_name}, input_dim)")
-        self.num_experts, rows, self.input_dim = up.shape
+        layout = f"(num_experts, {rows_name}, input_dim)"
+        if transposed:
+            layout = f"(num_experts, input_dim, {rows_name})"
+        up = self._encode(up_name, up, (None, None, None), layout)
+        self.num_experts, rows, self.input_dim = (up.swapaxes(1, 2) if transposed else up).shape
         if 0 in up.shape or (self.gated and rows % 2):
-            _check.fail(up_name, _check.describe(up), f"(num_experts, {rows_name}, input_dim), none of them 0")
+            _check.fail(up_name, _check.describe(up), f"{layout}, none of them 0")
         self.hidden_dim = rows // 2 if self.gated else rows
         down_shape = (self.num_experts, self.input_dim, self.hidden_dim)
         self.up = up
-        self.down = self._encode("down_proj", down, down_shape)
+        self.down = self._encode("down_proj", down, down_shape[::2] + down_shape[1:2] if transposed else down_shape)
         self.up_bias = _bias(up_name.replace("proj", "bias"), up_bias, (self.num_experts, rows))
         self.down_bias = _bias("down_bias", down_bias, (self.num_experts, self.input_dim))
         biases = (_NO_BIAS if bias is None else bias for bias in (self.up_bias, self.down_bias))
@@ -55,17 +81,47 @@ class Experts(Sequence):
         up, down = map(_check.read_only, (up, down))
         self._operand = operand_dtype(storage)
         self._weights = Weights(up, up_bias, down, down_bias)
+        clamped = (swiglu_limit, swiglu_alpha, swiglu_beta) != (None, 1.0, 0.0)
+        numbers = (np.inf if swiglu_limit is None else swiglu_limit, swiglu_alpha, swiglu_beta)
+        code = CLAMPED_SILU if clamped else CODES[function]
+        self._form = Form(code, self.gated, bool(interleaved), *map(np.float32, numbers))
+        self._transposed = True if transposed else None
 
     def _encode(self, name, value, shape, wanted=None):
         return self._format.encode(_check.shaped(name, value, shape, self._format.accepts, wanted))
 
+    @property
+    def projections(self) -> list[np.ndarray]:
+        """Views (E, F, H) of the first projections: the gate's and the up's, or the only one."""
+        return self._parts(self.up.swapaxes(1, 2) if self._transposed else self.up)
+
+    @property
+    def projection_biases(self) -> list[np.ndarray]:
+        """Views (E, F) of the biases of `projections`; there must be biases."""
+        return self._parts(self.up_bias)
+
+    def _parts(self, array):
+        if not self.gated:
+            return [array]
+        if self._form.interleaved:
+            return [array[:, 0::2], array[:, 1::2]]
+        return [array[:, : self.hidden_dim], array[:, self.hidden_dim :]]
+
+    @property
+    def down_projection(self) -> np.ndarray:
+        """View (E, H, F) of the second projection."""
+        return self.down.swapaxes(1, 2) if self._transposed else self.down
+
     def astype(self, dtype: str) -> "Experts":
         """These experts with weights in another format; biases stay float32 and are shared."""
-        return Experts(self.activation, self.up, self.down, self.up_bias, self.down_bias, dtype=dtype)
+        return Experts(self.activation, *self._arrays, dtype, **self._options)
+
+    @property
+    def _arrays(self):
+        return self.up, self.down, self.up_bias, self.down_bias
 
     def __reduce__(self):  # a copy builds views of its own arrays
-        arrays = (self.up, self.down, self.up_bias, self.down_bias)
-        return Experts, (self.activation, *arrays, self._format.name)
+        return partial(Experts, **self._options), (self.activation, *self._arrays, self._format.name)
 
     def __len__(self) -> int:
         return self.num_experts
@@ -78,37 +134,37 @@ class Experts(Sequence):
 
     def _slice(self, e):
         """Experts holding only expert e, as views."""
-        biases = (None if bias is None else bias[e : e + 1] for bias in (self.up_bias, self.down_bias))
-        return Experts(self.activation, self.up[e : e + 1], self.down[e : e + 1], *biases, self._format.name)
+        arrays = (None if array is None else array[e : e + 1] for array in self._arrays)
+        return Experts(self.activation, *arrays, self._format.name, **self._options)
 
-    def forward(self, x, indices, weights, used):
+    def forward(self, x, indices, weights, used, *, skip_invalid=False):
         """y[t] = sum over k < used[t] of weights[t, k] * expert[indices[t, k]](x[t]).
 
         x (T, H), weights (T, K) float32; indices (T, K), used (T,) int64; all C-contiguous.
-        Raises MoeValueError if a used index is not one of an expert.
+        A used index that is not one of an expert raises MoeValueError, or with `skip_invalid` adds nothing.
         """
         tokens, k = indices.shape
         if k == 0:
             return np.zeros((tokens, self.input_dim), np.float32)
         y = np.empty((tokens, self.input_dim), np.float32)
         if tokens <= LEAST_CHUNK or tokens <= (step := chunk_tokens(k, self.input_dim, self.hidden_dim)):
-            self._forward_chunk(x, indices, weights, used, y)
+            self._forward_chunk(x, indices, weights, used, skip_invalid, y)
             return y
         for first in range(0, tokens, step):
             part = slice(first, min(first + step, tokens))
-            self._forward_chunk(x[part], indices[part], weights[part], used[part], y[part])
+            self._forward_chunk(x[part], indices[part], weights[part], used[part], skip_invalid, y[part])
         return y
 
-    def _forward_chunk(self, x, indices, weights, used, y):
+    def _forward_chunk(self, x, indices, weights, used, skip_invalid, y):
         tokens, k = indices.shape
         plan = DispatchPlan(indices, used, self.num_experts)
-        if plan.num_invalid:
+        if plan.num_invalid and not skip_invalid:
             bad = indices[(indices < 0) | (indices >= self.num_experts)][0]
             _check.fail("topk_ids", f"an array with the value {bad}", f"from 0 to {self.num_experts - 1}")
         threads = threads_for(plan.num_rows * self.hidden_dim * self.input_dim * (3 if self.gated else 2))
         space = take_workspace(tokens, tokens * k, self.input_dim, self.hidden_dim, threads, self._operand)
         kernel = twin(experts_forward, threads)
-        kernel(_check.read_only(x), self._weights, self._code, self.gated, plan.rows, weights, used, space, y)
+        kernel(_check.read_only(x), self._weights, self._form, self._transposed, plan.rows, weights, used, space, y)
 
 
 def _bias(name, bias, shape):
@@ -190,12 +246,12 @@ class Expert:
         """F, width of the hidden layer."""
         return self._experts.hidden_dim
 
-    w1 = _LiveArray("(H, F) first projection; of gated experts the gate", lambda e: e.up[0, : e.hidden_dim].T)
-    w2 = _LiveArray("(F, H) second projection", lambda e: e.down[0].T)
-    w3 = _LiveArray("(H, F) up projection of gated experts", lambda e: e.up[0, e.hidden_dim :].T, gated_only=True)
-    b1 = _LiveArray("(F,) bias of w1", lambda e: e.up_bias[0, : e.hidden_dim], is_bias=True)
+    w1 = _LiveArray("(H, F) first projection; of gated experts the gate", lambda e: e.projections[0][0].T)
+    w2 = _LiveArray("(F, H) second projection", lambda e: e.down_projection[0].T)
+    w3 = _LiveArray("(H, F) up projection of gated experts", lambda e: e.projections[1][0].T, gated_only=True)
+    b1 = _LiveArray("(F,) bias of w1", lambda e: e.projection_biases[0][0], is_bias=True)
     b2 = _LiveArray("(H,) bias of w2", lambda e: e.down_bias[0], is_bias=True)
-    b3 = _LiveArray("(F,) bias of w3", lambda e: e.up_bias[0, e.hidden_dim :], gated_only=True, is_bias=True)
+    b3 = _LiveArray("(F,) bias of w3", lambda e: e.projection_biases[1][0], gated_only=True, is_bias=True)
 
     def forward(self, x: ArrayLike) -> np.ndarray:
         """x (H,) -> (H,) float32."""

@@ -105,8 +105,18 @@ def route(x, gate_weight, top_k, capacity_factor, overflow="next", noise=0.0):
 # ---- experts ----
 
 
-def expert(x, activation, up, down, up_bias=None, down_bias=None):
-    """One expert for one token x (H,). up (F, H), or (2F, H) gate rows first; down (H, F)."""
+def clamped_swiglu(gate, up, limit=None, alpha=1.0, beta=0.0):
+    """gpt-oss and DeepSeek-V4: both clamped to `limit` before the activation, the gate from above only."""
+    if limit is not None:
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    return gate * sigmoid(alpha * gate) * (up + beta)
+
+
+def expert(x, activation, up, down, up_bias=None, down_bias=None, **swiglu):
+    """One expert for one token x (H,). up (F, H), or (2F, H) gate rows first; down (H, F).
+
+    swiglu: limit, alpha and beta of `clamped_swiglu`, with activation="swiglu".
+    """
     function, gated = ACTIVATIONS[activation]
     act = FUNCTIONS[function]
     first = np.float64(up) @ np.float64(x)
@@ -114,23 +124,24 @@ def expert(x, activation, up, down, up_bias=None, down_bias=None):
         first = first + up_bias
     if gated:
         gate, value = np.split(first, 2)
-        hidden = act(gate) * value
+        hidden = clamped_swiglu(gate, value, **swiglu) if swiglu else act(gate) * value
     else:
         hidden = act(first)
     y = np.float64(down) @ hidden
     return y if down_bias is None else y + down_bias
 
 
-def experts_forward(x, indices, weights, used, activation, up, down, up_bias=None, down_bias=None):
-    """y[t] = sum over the used slots k of weights[t, k] * expert[indices[t, k]](x[t])."""
+def experts_forward(x, indices, weights, used, activation, up, down, up_bias=None, down_bias=None, **swiglu):
+    """y[t] = sum over the used slots k of weights[t, k] * expert[indices[t, k]](x[t]); other indices add nothing."""
     y = np.zeros(np.shape(x))
     for t in range(len(x)):
         if used[t] == 0:
             y[t] = weights[t, 0]  # 0 for a dropped token, NaN for one without probabilities
         for k in range(used[t]):
             e = indices[t, k]
-            biases = (None if b is None else b[e] for b in (up_bias, down_bias))
-            y[t] += weights[t, k] * expert(x[t], activation, up[e], down[e], *biases)
+            if 0 <= e < len(up):
+                biases = (None if b is None else b[e] for b in (up_bias, down_bias))
+                y[t] += weights[t, k] * expert(x[t], activation, up[e], down[e], *biases, **swiglu)
     return y
 
 

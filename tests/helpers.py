@@ -34,8 +34,14 @@ def random_layer(seed=0, **config):
 
 def experts_reference(experts, x, indices, weights, used):
     """reference.experts_forward with the weights of an Experts."""
-    arrays = (experts.up, experts.down, experts.up_bias, experts.down_bias)
-    return reference.experts_forward(x, indices, weights, used, experts.activation, *arrays)
+    up, biases = np.concatenate(experts.projections, axis=1), (None, None)
+    if experts.up_bias is not None:
+        biases = (np.concatenate(experts.projection_biases, axis=1), experts.down_bias)
+    options = {name: experts._options[f"swiglu_{name}"] for name in ("limit", "alpha", "beta")}
+    swiglu = options if experts.activation == "swiglu" else {}
+    return reference.experts_forward(
+        x, indices, weights, used, experts.activation, up, experts.down_projection, *biases, **swiglu
+    )
 
 
 def layer_reference(layer, x, routing):

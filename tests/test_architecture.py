@@ -36,7 +36,7 @@ LEVEL = {room: len(FLOORS) - i for i, rooms in enumerate(FLOORS) for room in roo
 
 #: Within a package of several files.
 WITHIN = {
-    "simd": ["target", "vector", "tile", "math", "atomic"],
+    "simd": ["target", "vector", "tile", "outer", "math", "atomic"],
     "kernels": ["activations", "projection", "plan", "routing", "experts"],
     "formats": ["format", "float32", "bfloat16", "__init__"],
 }

@@ -7,14 +7,19 @@ _CODE = """
 import ml_dtypes
 import numpy as np
 from moe_numba import MoeConfig, MoeLayer, reference
+from moe_numba.experts import Experts
 from moe_numba.simd.target import LANES, has_bf16_dot
 
-def check(dtype, error, input_dim, hidden_dim):
+def check(dtype, error, input_dim, hidden_dim, transposed=False):
     config = MoeConfig(5, 2, None, input_dim=input_dim, hidden_dim=hidden_dim, activation="geglu", bias=False)
     layer = MoeLayer(config).astype(dtype)
+    if transposed:
+        up, down = (w.swapaxes(1, 2).copy() for w in (layer.experts.up, layer.experts.down))
+        layer.experts = Experts("geglu", up, down, dtype=dtype, transposed=True)
     x = np.random.default_rng(0).standard_normal((19, input_dim), np.float32)
     y, r = layer(x)
-    weights = (np.float32(w) for w in (layer.experts.up, layer.experts.down))
+    up = np.concatenate(layer.experts.projections, axis=1)
+    weights = (np.float32(w) for w in (up, layer.experts.down_projection))
     tokens = x if dtype == "float32" else np.float32(x.astype(ml_dtypes.bfloat16))
     expected = reference.experts_forward(tokens, r.expert_indices, r.expert_weights, r.slots_used, "geglu", *weights)
     assert np.abs(y - expected).max() < error * np.abs(expected).max(), (dtype, input_dim)
@@ -23,6 +28,7 @@ def check(dtype, error, input_dim, hidden_dim):
 
 for dtype, error in (("float32", 2e-5), ("bfloat16", 2**-8)):
     check(dtype, error, 21, 11)
+    check(dtype, error, 75, 31, transposed=True)
     check(dtype, error, 801, 9)  # long enough for weight rows to be streamed one at a time
 print(LANES, has_bf16_dot())
 """

@@ -10,7 +10,7 @@ from .._jit import inline
 from ..simd.math import logistic, normal_cdf
 from ..simd.vector import splat, where_less
 
-IDENTITY, RELU, RELU2, SILU, GELU, GELU_TANH = range(6)
+IDENTITY, RELU, RELU2, SILU, GELU, GELU_TANH, CLAMPED_SILU = range(7)
 
 
 #: The code of each function that `config.ACTIVATIONS` names.
@@ -46,6 +46,25 @@ def gelu_tanh(x):
     Written with (1 + tanh(u)) / 2 = logistic(2 u).
     """
     return x * logistic(splat(_SQRT_8_OVER_PI) * (x + splat(_GELU_CUBIC) * x * x * x))
+
+
+@inline
+def clamped_silu(gate, up, limit, alpha, beta):
+    """g * logistic(alpha * g) * (u + beta) with g = min(gate, limit) and u = up within +- limit (gpt-oss)."""
+    limit = splat(limit)
+    gate = where_less(limit, gate, limit, gate)
+    up = where_less(limit, up, limit, up)
+    lowest = splat(np.float32(0.0)) - limit
+    up = where_less(up, lowest, lowest, up)
+    return gate * logistic(splat(alpha) * gate) * (up + splat(beta))
+
+
+@inline
+def gated(code, gate, up, limit, alpha, beta):
+    """What the gate lets through: the activation of `gate`, times `up`."""
+    if code == CLAMPED_SILU:
+        return clamped_silu(gate, up, limit, alpha, beta)
+    return activate(code, gate) * up
 
 
 @inline

@@ -8,9 +8,9 @@ from numba import prange
 from .._jit import helper, inline, kernel
 from ..simd.atomic import take_next
 from ..simd.target import LANES
-from ..simd.vector import element, fma, load, pointer, splat, store, store_operand
-from .activations import activate
-from .projection import CONSECUTIVE, ROW_BLOCK, project
+from ..simd.vector import element, even_lanes, fma, load, odd_lanes, offset, pointer, splat, store, store_operand
+from .activations import activate, gated
+from .projection import CONSECUTIVE, ROW_BLOCK, project, project_transposed
 
 #: Output columns per piece of work are a multiple of this, itself one of the tile's columns and of LANES.
 COLUMN_BLOCK = 48
@@ -19,19 +19,32 @@ COLUMN_BLOCK = 48
 MOST_COLUMNS = 384
 #: Pieces of work per thread at least, so that threads end at about the same time.
 PIECES = 8
+#: The same of transposed weights, whose tiles are wider.
+TRANSPOSED_BLOCK = 2 * COLUMN_BLOCK
 #: float32 scratch of one thread: gate and up of one piece of work.
-SCRATCH_SIZE = 2 * ROW_BLOCK * COLUMN_BLOCK
+SCRATCH_SIZE = 2 * ROW_BLOCK * TRANSPOSED_BLOCK
 #: Tokens per piece of work where tokens are copied, and where outputs are summed.
 ENCODE_BLOCK = 16
 COMBINE_BLOCK = 8
 
 
+class Form(NamedTuple):
+    """What an expert computes."""
+
+    code: int  #: activation function (activations.CODES)
+    gated: bool  #: whether it gates a second projection
+    interleaved: bool  #: rows of gate and up alternate; otherwise all of the gate's come first
+    limit: float  #: parameters of activations.clamped_silu, float32
+    alpha: float
+    beta: float
+
+
 class Weights(NamedTuple):
     """All experts' weights, read-only and C-contiguous; empty arrays stand for no bias."""
 
-    up: np.ndarray  #: (E, F, H), or (E, 2F, H) with the gate's rows first
+    up: np.ndarray  #: (E, F, H), gated (E, 2F, H); transposed (E, H, F or 2F)
     up_bias: np.ndarray  #: (E, F), (E, 2F) or (0, 0)
-    down: np.ndarray  #: (E, H, F)
+    down: np.ndarray  #: (E, H, F); transposed (E, F, H)
     down_bias: np.ndarray  #: (E, H) or (0, 0)
 
 
@@ -55,12 +68,14 @@ class Workspace(NamedTuple):
 
 
 @kernel
-def experts_forward(x, weights, code, gated, rows, topk_weights, used, space, y):
+def experts_forward(x, weights, form, transposed, rows, topk_weights, used, space, y):
     """y[t] = sum over used slots k of topk_weights[t, k] * expert[slot (t, k)](x[t]).
 
     x             (T, H) float32 tokens
     weights       Weights of all experts
-    code, gated   activation function (activations.CODES), and whether it gates
+    form          Form of the experts
+    transposed    None, or True if weights are stored [in, out]. Numba drops the branches of what is None
+                  before it compiles: a layer of the usual storage does not wait 1.5 s for the other.
     rows          Rows: which token goes to which expert
     topk_weights  (T, K) float32
     used          (T,) int64 slots of each token that have a row
@@ -81,9 +96,9 @@ def experts_forward(x, weights, code, gated, rows, topk_weights, used, space, y)
         first = np.int64(block) * ENCODE_BLOCK
         _encode(x, first, min(first + ENCODE_BLOCK, tokens), weights, space)
     for worker in prange(threads):
-        _up_projection(weights, code, gated, rows, space, np.int64(worker))
+        _up_projection(weights, form, transposed, rows, space, np.int64(worker))
     for _ in prange(threads):
-        _down_projection(weights, rows, space)
+        _down_projection(weights, transposed, rows, space)
     for block in prange((tokens + COMBINE_BLOCK - 1) // COMBINE_BLOCK):
         first = np.int64(block) * COMBINE_BLOCK
         _combine(first, min(first + COMBINE_BLOCK, tokens), rows, topk_weights, used, space, y)
@@ -104,14 +119,15 @@ def _encode(x, first, end, weights, space):
 
 
 @helper
-def _columns_per_piece(rows, width, threads):
+def _columns_per_piece(rows, width, threads, transposed):
     """Columns of a piece of work over `width` columns: as many as scratch holds, but enough pieces."""
     most_rows = 1
     for block in range(rows.n_blocks):
         most_rows = max(most_rows, rows.blocks[block, 2] - rows.blocks[block, 1])
-    held = min(MOST_COLUMNS, ROW_BLOCK * COLUMN_BLOCK // most_rows)
+    unit = COLUMN_BLOCK if transposed is None else TRANSPOSED_BLOCK
+    held = min(MOST_COLUMNS, ROW_BLOCK * unit // most_rows)
     fair = rows.n_blocks * width // (PIECES * threads)
-    return max(1, min(held, fair) // COLUMN_BLOCK) * COLUMN_BLOCK
+    return max(1, min(held, fair) // unit) * unit
 
 
 @inline
@@ -123,19 +139,45 @@ def _piece(rows, item, column_blocks, column_block):
 
 
 @helper
-def _up_projection(weights, code, gated, rows, space, worker):
+def _project(a, a_stride, row_ids, rows, w, transposed, height, length, at, columns, then, out, out_stride):
+    """Products with `columns` columns of an expert's weights, in either storage.
+
+    at, then: (expert, column) of these weights and of the next; all experts together have `height` columns
+    of `length` values each, `w` points to the first. The rest as in `project`.
+    """
+    expert, column = at
+    next_expert, next_column = then
+    if transposed is None:
+        here = (expert * height + column) * length
+        ahead = (next_expert * height + next_column) * length - here
+        project(a, a_stride, row_ids, rows, offset(w, here), columns, length, ahead, out, out_stride)
+    else:
+        here = expert * height * length + column
+        ahead = next_expert * height * length + next_column - here
+        w = offset(w, here)
+        project_transposed(a, a_stride, row_ids, rows, w, height, columns, length, ahead, out, out_stride)
+
+
+@inline
+def _length_and_height(weights, transposed):
+    """Values that a product sums, and products per expert."""
+    if transposed is None:
+        return weights.shape[2], weights.shape[1]
+    return weights.shape[1], weights.shape[2]
+
+
+@helper
+def _up_projection(weights, form, transposed, rows, space, worker):
     """hidden[r] = act(gate(r)) * up(r), or act(up(r)), until no piece of work is left."""
-    input_dim = weights.up.shape[2]
-    projections = 2 if gated else 1
-    hidden_dim = weights.up.shape[1] // projections
-    stride = space.tokens.shape[1]
-    biased = weights.up_bias.shape[0] > 0
-    column_block = _columns_per_piece(rows, hidden_dim, space.scratch.shape[0])
+    input_dim, height = _length_and_height(weights.up, transposed)
+    projections = 2 if form.gated else 1
+    hidden_dim = height // projections
+    # Interleaved, gate and up are one run of columns, twice as long.
+    run = projections if form.interleaved else 1
+    column_block = _columns_per_piece(rows, hidden_dim, space.scratch.shape[0], transposed)
     column_blocks = (hidden_dim + column_block - 1) // column_block
-    mine = worker * space.scratch.shape[1]
-    sums = pointer(space.scratch, mine)
     sums_stride = projections * column_block
-    down = pointer(weights.down, 0)
+    mine = worker * space.scratch.shape[1]
 
     items = rows.n_blocks * column_blocks
     next_item = take_next(pointer(space.counters, 0), 0)
@@ -145,61 +187,69 @@ def _up_projection(weights, code, gated, rows, space, worker):
         expert, first, end, column = _piece(rows, item, column_blocks, column_block)
         next_expert, _, _, next_column = _piece(rows, min(next_item, items - 1), column_blocks, column_block)
         columns = min(column_block, hidden_dim - column)
-        for p in range(projections):
-            weight_row = (expert * projections + p) * hidden_dim + column
-            next_row = next_expert * projections * hidden_dim + next_column
-            if p + 1 < projections:
-                next_row = weight_row + hidden_dim
-            project(
+        for p in range(projections // run):
+            last = (p + 1) * run == projections
+            _project(
                 pointer(space.tokens, 0),
-                stride,
+                space.tokens.shape[1],
                 pointer(rows.row_token, first),
                 end - first,
-                pointer(weights.up, weight_row * input_dim),
-                columns,
+                pointer(weights.up, 0),
+                transposed,
+                height,
                 input_dim,
-                (next_row - weight_row) * input_dim,
+                (expert, p * hidden_dim + column * run),
+                columns * run,
+                (next_expert, next_column * run) if last else (expert, hidden_dim + column),
                 pointer(space.scratch, mine + p * column_block),
                 sums_stride,
             )
-        bias_at = expert * weights.up_bias.shape[1] + column
-        bias = pointer(weights.up_bias, bias_at if biased else 0)
-        for r in range(end - first):
-            hidden = pointer(space.hidden, (first + r) * space.hidden.shape[1] + column)
-            _activate_row(
-                sums, r * sums_stride, columns, column_block, code, gated, biased, bias, hidden_dim, hidden, down
-            )
+        for r in range(first, end):
+            hidden = pointer(space.hidden, r * space.hidden.shape[1] + column)
+            sums = pointer(space.scratch, mine + (r - first) * sums_stride)
+            _activate_row(sums, columns, column_block, weights, form, expert, column, hidden)
 
 
 @helper
-def _activate_row(sums, at, columns, up_at, code, gated, biased, bias, hidden_dim, hidden, down):
-    """Bias, activation and gating of one row of a block; gate and up lie `up_at` apart.
+def _activate_row(sums, columns, column_block, weights, form, expert, column, hidden):
+    """Bias, activation and gating of one row of a piece of work, whose sums are gate and up.
 
-    down: the weights that the result will be multiplied with.
+    Column i of gate and up lies in the sums at i and column_block + i, in the bias at i and
+    hidden_dim + i; interleaved, at 2 i and 2 i + 1 in both.
     """
+    projections = 2 if form.gated else 1
+    run = projections if form.interleaved else 1
+    biased = weights.up_bias.shape[0] > 0
+    hidden_dim = weights.up_bias.shape[1] // projections
+    bias = pointer(weights.up_bias, expert * weights.up_bias.shape[1] + column * run if biased else 0)
     for i in range(0, columns, LANES):
         n = min(LANES, columns - i)
-        x = load(sums, at + i, n)
+        # Two vectors: of gate and of up, or interleaved of both.
+        at, size = i * run, min(LANES, n * run)
+        second_at = at + LANES if form.interleaved else column_block + i
+        second_size = n * run - size if form.interleaved else n
+        x = load(sums, at, size)
         if biased:
-            x = x + load(bias, i, n)
-        value = activate(code, x)
-        if gated:
-            up = load(sums, at + up_at + i, n)
+            x = x + load(bias, at, size)
+        if form.gated:
+            y = load(sums, second_at, second_size)
             if biased:
-                up = up + load(bias, hidden_dim + i, n)
-            value = value * up
-        store_operand(value, hidden, i, n, down)
+                y = y + load(bias, at + LANES if form.interleaved else hidden_dim + i, second_size)
+            gate, up = (even_lanes(x, y), odd_lanes(x, y)) if form.interleaved else (x, y)
+            value = gated(form.code, gate, up, form.limit, form.alpha, form.beta)
+        else:
+            value = activate(form.code, x)
+        store_operand(value, hidden, i, n, pointer(weights.down, 0))
 
 
 @helper
-def _down_projection(weights, rows, space):
+def _down_projection(weights, transposed, rows, space):
     """output[r] = hidden[r] @ down.T + bias, until no piece of work is left."""
-    output_dim = weights.down.shape[1]
-    hidden_dim = weights.down.shape[2]
+    hidden_dim, output_dim = _length_and_height(weights.down, transposed)
     hidden_stride = space.hidden.shape[1]
     output_stride = space.output.shape[1]
     biased = weights.down_bias.shape[0] > 0
-    column_block = _columns_per_piece(rows, output_dim, space.scratch.shape[0])
+    column_block = _columns_per_piece(rows, output_dim, space.scratch.shape[0], transposed)
     column_blocks = (output_dim + column_block - 1) // column_block
 
     items = rows.n_blocks * column_blocks
@@ -210,16 +260,18 @@ def _down_projection(weights, rows, space):
         expert, first, end, column = _piece(rows, item, column_blocks, column_block)
         next_expert, _, _, next_column = _piece(rows, min(next_item, items - 1), column_blocks, column_block)
         columns = min(column_block, output_dim - column)
-        weight_row = expert * output_dim + column
-        project(
+        _project(
             pointer(space.hidden, first * hidden_stride),
             hidden_stride,
             pointer(CONSECUTIVE, 0),
             end - first,
-            pointer(weights.down, weight_row * hidden_dim),
-            columns,
+            pointer(weights.down, 0),
+            transposed,
+            output_dim,
             hidden_dim,
-            (next_expert * output_dim + next_column - weight_row) * hidden_dim,
+            (expert, column),
+            columns,
+            (next_expert, next_column),
             pointer(space.output, first * output_stride + column),
             output_stride,
         )
@@ -243,12 +295,12 @@ def _combine(first, end, rows, topk_weights, used, space, y):
         slots = pointer(rows.slot_row, t * k)
         weight = pointer(topk_weights, t * k)
         target = pointer(y, t * output_dim)
+        start = splat(element(weight, 0) if used[t] == 0 else np.float32(0.0))
         for i in range(0, output_dim, LANES):
             n = min(LANES, output_dim - i)
-            if used[t] == 0:
-                total = splat(element(weight, 0))
-            else:
-                total = splat(element(weight, 0)) * load(output, element(slots, 0) * stride + i, n)
-            for j in range(1, used[t]):
-                total = fma(splat(element(weight, j)), load(output, element(slots, j) * stride + i, n), total)
+            total = start
+            for j in range(used[t]):
+                row = element(slots, j)
+                if row >= 0:
+                    total = fma(splat(element(weight, j)), load(output, row * stride + i, n), total)
             store(total, target, i, n)

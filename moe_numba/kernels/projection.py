@@ -1,12 +1,21 @@
-"""Matrix products as they are: weight rows [out, in], activation rows along the same axis.
+"""Matrix products with the weights as they are stored; the only file with a loop over the axis K that is summed.
 
-Both operands are contiguous along the axis that is summed, so a dot product reads two
-streams and nothing has to be repacked. This file is the only one with a loop over that axis.
+`project`: weights [out, in]. Both operands are contiguous along K, so a dot product reads two
+streams and nothing has to be repacked. `project_transposed`: weights [in, out], as gpt-oss and
+Llama 4 store them. Every activation multiplies a row of neighbouring columns.
 """
 
 import numpy as np
 
 from .._jit import helper
+from ..simd.outer import (
+    OUTER_COLUMNS,
+    load_outer,
+    outer_step,
+    outer_step_partial,
+    outer_step_size,
+    store_outer,
+)
 from ..simd.tile import (
     TILE_COLUMNS,
     TILE_ROWS,
@@ -36,6 +45,9 @@ STREAM_LINES = 24
 #: Activations that a stream of weights leaves in the first-level cache, in cache lines: with more, each
 #: weight row fetches them from the second level again (K = 4096, 4 rows: 19 GB/s instead of 42).
 STREAM_ACTIVATIONS = 128
+#: Rows of transposed weights that meet all columns of a piece of work before the next: each lies in a page
+#: of its own, and a first-level cache of translations holds 64 and more.
+OUTER_BLOCK = 32
 #: `row_ids` for rows that already lie side by side.
 CONSECUTIVE = np.arange(ROW_BLOCK)
 
@@ -143,3 +155,57 @@ def project(a, a_stride, row_ids, rows, w, columns, length, then, out, out_strid
                 else:
                     wide = clamped_offsets(length, n - 1)
                     _strip(x, a_stride, row_ids, rows, v, wide, n, size, fetch, fetch_stride, first, y, out_stride)
+
+
+@helper
+def _outer_tile(a, rows_at, w, w_stride, length, fetch, fetch_end, first, out, out_at, n):
+    """One tile over one block of K: out = its sums if `first`, else out += them.
+
+    Meanwhile asks for what lies from w[fetch] to w[fetch_end] in each of the `length` rows.
+    """
+    tile = load_outer(first, out, out_at, n)
+    step = outer_step_size(a, w)
+    line = line_size(w)
+    whole = length - length % step if n == OUTER_COLUMNS else 0
+    for k in range(0, whole, step):
+        tile = outer_step(tile, a, rows_at, w, w_stride, k)
+        for m in range(k, k + step):
+            for at in range(fetch + m * w_stride, fetch_end + m * w_stride, line):
+                prefetch(w, at)
+    for k in range(whole, length, step):
+        tile = outer_step_partial(tile, a, rows_at, w, w_stride, k, n, length - k)
+    store_outer(tile, out, out_at, n)
+
+
+@helper
+def project_transposed(a, a_stride, row_ids, rows, w, w_stride, columns, length, then, out, out_stride):
+    """out[r, j] = sum of a[row_ids[r], k] * w[k, j] over k, for r < rows and j < columns.
+
+    As `project`, but row k of the weights begins at w[k * w_stride], and its columns lie side by side.
+    """
+    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    for k in range(0, length, OUTER_BLOCK):
+        size = min(OUTER_BLOCK, length - k)
+        for j in range(0, columns, OUTER_COLUMNS):
+            at = k * w_stride + j
+            if j + OUTER_COLUMNS < columns:
+                ahead = at + OUTER_COLUMNS
+            elif k + OUTER_BLOCK < length:
+                ahead = (k + OUTER_BLOCK) * w_stride
+            else:
+                ahead = then
+            n = min(OUTER_COLUMNS, columns - j)
+            x, v, y = offset(a, k), offset(w, at), offset(out, j)
+            for t in range(tiles):
+                r0 = t * TILE_ROWS
+                r1, r2, r3 = min(r0 + 1, rows - 1), min(r0 + 2, rows - 1), min(r0 + 3, rows - 1)
+                rows_at = (
+                    element(row_ids, r0) * a_stride,
+                    element(row_ids, r1) * a_stride,
+                    element(row_ids, r2) * a_stride,
+                    element(row_ids, r3) * a_stride,
+                )
+                out_at = (r0 * out_stride, r1 * out_stride, r2 * out_stride, r3 * out_stride)
+                fetch = ahead - at + t * OUTER_COLUMNS // tiles
+                fetch_end = ahead - at + (t + 1) * OUTER_COLUMNS // tiles
+                _outer_tile(x, rows_at, v, w_stride, size, fetch, fetch_end, k == 0, y, out_at, n)

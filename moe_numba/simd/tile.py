@@ -30,6 +30,7 @@ from .vector import (
     masked_store,
     unaligned_load,
     unaligned_store,
+    unpack,
 )
 
 #: Activation rows of the largest tile.
@@ -48,10 +49,6 @@ def zero_tile(typing, rows_at, columns_at):
         return context.make_tuple(builder, tile, [ZEROS] * tile.count)
 
     return tile(rows_at, columns_at), generate
-
-
-def _unpack(builder, aggregate, count):
-    return [builder.extract_value(aggregate, i) for i in range(count)]
 
 
 @intrinsic
@@ -117,7 +114,7 @@ class _Bfloat16(ir.Type):
         return "bfloat"
 
 
-class _Bfloat16Products:
+class Bfloat16Products:
     """bfloat16 times bfloat16 by AVX512-BF16: pairs of products added to each float32 lane."""
 
     step = 2 * LANES
@@ -142,7 +139,7 @@ class _Bfloat16Products:
         return builder.call(dot, [total, row, column])
 
 
-class _WidenedProducts(_Bfloat16Products):
+class _WidenedProducts(Bfloat16Products):
     """float32 times bfloat16 without AVX512-BF16: weights at even and odd places as float32.
 
     A pair of bfloat16 is one 32-bit word: shifted left it is the even value as float32, with its
@@ -173,7 +170,7 @@ class _WidenedProducts(_Bfloat16Products):
 
 _PRODUCTS = {
     (Floats, Floats): _Float32Products,
-    (Bfloats, Bfloats): _Bfloat16Products,
+    (Bfloats, Bfloats): Bfloat16Products,
     (Floats, Bfloats): _WidenedProducts,
 }
 
@@ -209,7 +206,7 @@ def _dot_step(products, context, builder, signature, args, n):
     """Multiply one step of every activation row with one of every weight row."""
     tile, a, rows_at, w, columns_at, k = args[:6]
     tile_type, _, rows_type, _, columns_type = signature.args[:5]
-    sums = _unpack(builder, tile, tile_type.count)
+    sums = unpack(builder, tile, tile_type.count)
 
     def place(memory, offsets, i):
         row = builder.gep(memory, [builder.extract_value(offsets, i)])
@@ -295,8 +292,8 @@ def store_sums(typing, tile, columns_at, first, out, out_at, n):
 
     def generate(context, builder, signature, args):
         tile_value, _, first, out, out_at, n = args
-        vectors = _unpack(builder, tile_value, tile.count)
-        row_at = _unpack(builder, out_at, rows)
+        vectors = unpack(builder, tile_value, tile.count)
+        row_at = unpack(builder, out_at, rows)
         parts = []  # (place, first column, sums) of each row of each chunk
         for column, width in _chunks(rows, columns):
             chunk = [vectors[i * columns + column + j] for i in range(rows) for j in range(width)]

@@ -44,7 +44,12 @@ class _VecModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, VECTOR)
 
 
-# ---- pieces of IR, shared with tile.py ----
+# ---- pieces of IR, shared with tile.py and outer.py ----
+
+
+def unpack(builder, aggregate, count):
+    """The entries of a tuple."""
+    return [builder.extract_value(aggregate, i) for i in range(count)]
 
 
 def unaligned_load(builder, pointer, vector=VECTOR, align=4):
@@ -288,6 +293,16 @@ nan_or = _lanewise(
     lambda builder, a, b: builder.select(builder.fcmp_unordered("uno", a, a), a, b),
     "a where a is NaN, else b",
 )
+
+
+def _every_second(start):
+    """IR of the lanes start, start + 2, ... of two vectors."""
+    order = ir.Constant(INT_VECTOR, list(range(start, 2 * LANES, 2)))
+    return lambda builder, a, b: builder.shuffle_vector(a, b, order)
+
+
+even_lanes = _lanewise(2, _every_second(0), "lanes 0, 2, 4, ... of a, then of b")
+odd_lanes = _lanewise(2, _every_second(1), "lanes 1, 3, 5, ... of a, then of b")
 
 
 def _operator(symbol, function):
