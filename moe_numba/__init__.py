@@ -10,7 +10,7 @@ from .errors import CheckpointError, MoeError, MoeValueError
 from .experts import Expert, fused_experts
 from .layer import MoeLayer
 from .losses import balance_loss, expert_load_fractions, z_loss
-from .router import NoisyTopKRouter, RoutingResult, TopKRouter, capacity_limit, softmax_rows
+from .router import NoisyTopKRouter, RoutingResult, SparseMixerRouter, TopKRouter, capacity_limit, softmax_rows
 from .threads import get_num_threads, set_num_threads
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "NoisyTopKRouter",
     "RouterConfig",
     "RoutingResult",
+    "SparseMixerRouter",
     "TopKRouter",
     "__version__",
     "balance_loss",

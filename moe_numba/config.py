@@ -163,6 +163,8 @@ class MoeConfig(_Routing):
     activation: str = field(default="relu", kw_only=True)  #: a key of ACTIVATIONS
     bias: bool = field(default=True, kw_only=True)  #: whether both projections of an expert add a bias
     dtype: str = field(default="float32", kw_only=True)  #: weight format, one of DTYPES
+    transposed: bool = field(default=False, kw_only=True)  #: experts' weights are stored [in, out], not [out, in]
+    interleaved: bool = field(default=False, kw_only=True)  #: gate and up take turns along 2F, the gate first
     swiglu_limit: float | None = field(default=None, kw_only=True)  #: > 0: gate at most this, up within +- this
     swiglu_alpha: float = field(default=1.0, kw_only=True)  #: > 0: gate * sigmoid(alpha * gate)
     swiglu_beta: float = field(default=0.0, kw_only=True)  #: added to up
@@ -180,7 +182,7 @@ class MoeConfig(_Routing):
         self._number("noise_std", "a finite number of at least 0", lambda v: v >= 0)
         _check.choice("activation", self.activation, ACTIVATIONS)
         _check.choice("dtype", self.dtype, DTYPES)
-        self._check_booleans("bias", "apply_router_weight_on_input", "shared_gate")
+        self._check_booleans("bias", "transposed", "interleaved", "apply_router_weight_on_input", "shared_gate")
         if self.swiglu_limit is not None:
             self._number("swiglu_limit", "a finite number above 0, or None", lambda v: v > 0)
         self._number("swiglu_alpha", "a finite number above 0", lambda v: v > 0)
@@ -188,6 +190,10 @@ class MoeConfig(_Routing):
         gating = (self.swiglu_limit, self.swiglu_alpha, self.swiglu_beta)
         if gating != (None, 1.0, 0.0) and self.activation != "swiglu":
             _check.fail("activation", repr(self.activation), "'swiglu' with swiglu_limit, swiglu_alpha or swiglu_beta")
+        if self.interleaved and not ACTIVATIONS[self.activation].gated:
+            _check.fail("interleaved", True, f"False with activation={self.activation!r}, which has no gate")
+        if self.apply_router_weight_on_input and self.num_identity_experts:
+            _check.fail("apply_router_weight_on_input", True, "False beside identity experts")
         if self.shared_gate and not self.shared_hidden_dim:
             _check.fail("shared_gate", True, "False without a shared expert (shared_hidden_dim=0)")
         if self.sparsemixer_eps is not None:

@@ -1,7 +1,9 @@
 """Experts: all experts' stacked weights. Expert: one of them. fused_experts: on raw arrays."""
 
+import math
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -9,7 +11,7 @@ from numpy.typing import ArrayLike
 from . import _check
 from ._init import expert_weights
 from ._workspace import LEAST_CHUNK, chunk_tokens, take_workspace
-from .config import ACTIVATIONS
+from .config import ACTIVATIONS, MoeConfig
 from .formats import FORMATS
 from .kernels.activations import CLAMPED_SILU, CODES
 from .kernels.experts import Form, Weights, experts_forward
@@ -50,7 +52,7 @@ class Experts(Sequence):
         swiglu_beta=0.0,
     ):
         self.activation = _check.choice("activation", activation, ACTIVATIONS)
-        function, self.gated = ACTIVATIONS[activation]
+        self.gated = ACTIVATIONS[activation].gated
         self._options = {
             "transposed": transposed,
             "interleaved": interleaved,
@@ -81,10 +83,7 @@ class Experts(Sequence):
         up, down = map(_check.read_only, (up, down))
         self._operand = operand_dtype(storage)
         self._weights = Weights(up, up_bias, down, down_bias)
-        clamped = (swiglu_limit, swiglu_alpha, swiglu_beta) != (None, 1.0, 0.0)
-        numbers = (np.inf if swiglu_limit is None else swiglu_limit, swiglu_alpha, swiglu_beta)
-        code = CLAMPED_SILU if clamped else CODES[function]
-        self._form = Form(code, self.gated, bool(interleaved), *map(np.float32, numbers))
+        self._form = _form(activation, bool(interleaved), swiglu_limit, swiglu_alpha, swiglu_beta)
         self._transposed = True if transposed else None
 
     def _encode(self, name, value, shape, wanted=None):
@@ -114,14 +113,15 @@ class Experts(Sequence):
 
     def astype(self, dtype: str) -> "Experts":
         """These experts with weights in another format; biases stay float32 and are shared."""
-        return Experts(self.activation, *self._arrays, dtype, **self._options)
+        return Experts(self.activation, *self.arrays, dtype, **self._options)
 
     @property
-    def _arrays(self):
+    def arrays(self):
+        """up, down, up_bias, down_bias; biases may be None."""
         return self.up, self.down, self.up_bias, self.down_bias
 
     def __reduce__(self):  # a copy builds views of its own arrays
-        return partial(Experts, **self._options), (self.activation, *self._arrays, self._format.name)
+        return partial(Experts, **self._options), (self.activation, *self.arrays, self._format.name)
 
     def __len__(self) -> int:
         return self.num_experts
@@ -134,7 +134,7 @@ class Experts(Sequence):
 
     def _slice(self, e):
         """Experts holding only expert e, as views."""
-        arrays = (None if array is None else array[e : e + 1] for array in self._arrays)
+        arrays = (None if array is None else array[e : e + 1] for array in self.arrays)
         return Experts(self.activation, *arrays, self._format.name, **self._options)
 
     def forward(self, x, indices, weights, used, *, skip_invalid=False):
@@ -165,6 +165,13 @@ class Experts(Sequence):
         space = take_workspace(tokens, tokens * k, self.input_dim, self.hidden_dim, threads, self._operand)
         kernel = twin(experts_forward, threads)
         kernel(_check.read_only(x), self._weights, self._form, self._transposed, plan.rows, weights, used, space, y)
+
+
+@lru_cache  # 1 us of a call of fused_experts
+def _form(activation, interleaved, limit, alpha, beta):
+    function, gated = ACTIVATIONS[activation]
+    code = CODES[function] if (limit, alpha, beta) == (None, 1.0, 0.0) else CLAMPED_SILU
+    return Form(code, gated, interleaved, math.inf if limit is None else float(limit), float(alpha), float(beta))
 
 
 def _bias(name, bias, shape):
@@ -225,10 +232,8 @@ class Expert:
         seed: int = 0,
         init: str = "xavier",
     ):
-        input_dim = _check.integer("input_dim", input_dim, 1)
-        hidden_dim = _check.integer("hidden_dim", hidden_dim, 1)
-        _check.choice("activation", activation, ACTIVATIONS)
-        self._experts = random_experts(1, input_dim, hidden_dim, activation, bias, seed, init)
+        options = {"input_dim": input_dim, "hidden_dim": hidden_dim, "activation": activation, "bias": bias}
+        self._experts = random_experts(MoeConfig(num_experts=1, top_k=1, **options), seed, init)
 
     @classmethod
     def _of(cls, experts):
@@ -265,12 +270,35 @@ class Expert:
         return self._experts.forward(x, np.zeros((n, 1), np.int64), np.ones((n, 1), np.float32), np.ones(n, np.int64))
 
 
-def random_experts(num_experts, input_dim, hidden_dim, activation, bias, seed, init, dtype="float32") -> Experts:
-    """Experts with fresh weights (see `_init`) and zero biases, or none."""
-    gated = ACTIVATIONS[activation].gated
-    up, down = expert_weights(num_experts, input_dim, hidden_dim, gated, seed, init)
-    biases = [np.zeros(w.shape[:2], np.float32) if bias else None for w in (up, down)]
-    return Experts(activation, up, down, *biases, dtype)
+def experts_of(config, arrays) -> Experts:
+    """Experts on existing arrays (up, down, up_bias, down_bias), as a MoeConfig describes them."""
+    names = ("transposed", "interleaved", "swiglu_limit", "swiglu_alpha", "swiglu_beta")
+    return Experts(config.activation, *arrays, dtype=config.dtype, **{name: getattr(config, name) for name in names})
+
+
+def random_experts(config, seed, init) -> Experts:
+    """Experts of a MoeConfig with fresh weights (see `_init`) and zero biases, or none."""
+    gated = ACTIVATIONS[config.activation].gated
+    weights = expert_weights(config.num_experts, config.input_dim, config.hidden_dim, gated, seed, init)
+    biases = [np.zeros(w.shape[:2], np.float32) if config.bias else None for w in weights]
+    if config.transposed:
+        weights = [np.ascontiguousarray(w.swapaxes(1, 2)) for w in weights]
+    return experts_of(config, [*weights, *biases])
+
+
+def shared_config(config) -> MoeConfig:
+    """A config whose only expert is the shared expert of `config`."""
+    return replace(
+        config,
+        num_experts=1,
+        top_k=1,
+        hidden_dim=config.shared_hidden_dim,
+        num_identity_experts=0,
+        n_group=1,
+        topk_group=None,
+        shared_hidden_dim=0,
+        shared_gate=False,
+    )
 
 
 def fused_experts(

@@ -9,11 +9,11 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from . import _check, losses
 from ._files import read_tensors, write_tensors
-from .config import ACTIVATIONS, DTYPES, MoeConfig
+from .config import ACTIVATIONS, DTYPES, MoeConfig, RouterConfig
 from .errors import CheckpointError, MoeValueError
-from .experts import Experts, random_experts
+from .experts import experts_of, random_experts, shared_config
 from .formats import FORMATS
-from .router import NoisyTopKRouter, RoutingResult, TopKRouter
+from .router import NoisyTopKRouter, RoutingResult, SparseMixerRouter, TopKRouter
 
 
 class MoeLayer:
@@ -22,34 +22,38 @@ class MoeLayer:
     MoeLayer(config, seed=0): random weights from `seed` (normal, Glorot's variance), zero biases.
     init="sine": entrenar's deterministic start, in which all experts are alike.
 
-    config   MoeConfig
-    router   TopKRouter, or NoisyTopKRouter when config.noise_std > 0
-    experts  sequence of Expert, live views of the stacked weights
+    config          MoeConfig
+    router          TopKRouter, NoisyTopKRouter when config.noise_std > 0, or SparseMixerRouter when
+                    config.sparsemixer_eps is set
+    experts         sequence of Expert, live views of the stacked weights
+    shared_experts  sequence of the one Expert that every token meets, or None
+    shared_gate     TopKRouter over that one expert, whose weights are sigmoids, or None
     """
 
     def __init__(self, config: MoeConfig | None = None, seed: int = 0, *, init: str = "xavier"):
         config = MoeConfig() if config is None else config
         _check.instance("config", config, MoeConfig)
-        experts = random_experts(
-            config.num_experts,
-            config.input_dim,
-            config.hidden_dim,
-            config.activation,
-            config.bias,
-            seed,
-            init,
-            config.dtype,
-        )
-        self._assemble(config, experts, router_weight=None, seed=seed, init=init)
+        experts = random_experts(config, seed, init)
+        shared = random_experts(shared_config(config), seed + 1, init) if config.shared_hidden_dim else None
+        self._assemble(config, experts, shared, {}, seed=seed, init=init)
 
-    def _assemble(self, config, experts, router_weight, seed=0, init="xavier"):
+    def _assemble(self, config, experts, shared, router_arrays, shared_gate_weight=None, seed=0, init="xavier"):
         self.config = config
         self.experts = experts
+        self.shared_experts = shared
+        arrays = {"init": init} | router_arrays
         router_config = config.router_config()
-        if config.noise_std > 0:
-            self.router = NoisyTopKRouter(router_config, config.noise_std, seed, weight=router_weight, init=init)
+        if config.sparsemixer_eps is not None:
+            weight = router_arrays.get("weight")
+            self.router = SparseMixerRouter(router_config, config.sparsemixer_eps, weight=weight, seed=seed, init=init)
+        elif config.noise_std > 0:
+            self.router = NoisyTopKRouter(router_config, config.noise_std, seed, **arrays)
         else:
-            self.router = TopKRouter(router_config, weight=router_weight, seed=seed, init=init)
+            self.router = TopKRouter(router_config, seed=seed, **arrays)
+        self.shared_gate = None
+        if config.shared_gate:
+            gate = RouterConfig(config.input_dim, 1, 1, None, scoring="sigmoid", norm_topk_prob=False)
+            self.shared_gate = TopKRouter(gate, weight=shared_gate_weight, seed=seed + 1, init=init)
 
     @classmethod
     def from_weights(
@@ -57,45 +61,56 @@ class MoeLayer:
         config: MoeConfig,
         *,
         router_weight: ArrayLike,
+        router_bias: ArrayLike | None = None,
+        e_score_correction_bias: ArrayLike | None = None,
         gate_up_proj: ArrayLike | None = None,
         up_proj: ArrayLike | None = None,
         down_proj: ArrayLike,
         gate_up_bias: ArrayLike | None = None,
         up_bias: ArrayLike | None = None,
         down_bias: ArrayLike | None = None,
+        shared_gate_up_proj: ArrayLike | None = None,
+        shared_up_proj: ArrayLike | None = None,
+        shared_down_proj: ArrayLike | None = None,
+        shared_gate_up_bias: ArrayLike | None = None,
+        shared_up_bias: ArrayLike | None = None,
+        shared_down_bias: ArrayLike | None = None,
+        shared_gate_weight: ArrayLike | None = None,
         seed: int | None = 0,
     ) -> "MoeLayer":
         """A layer on existing arrays, in the layout of checkpoints.
 
         router_weight (E, H); gate_up_proj (E, 2F, H), gate rows first, for gated activations, else
         up_proj (E, F, H); down_proj (E, H, F); biases gate_up_bias (E, 2F) or up_bias (E, F), and
-        down_bias (E, H), both if config.bias, else neither. C-contiguous arrays of config.dtype are used in
-        place, others converted; with config.dtype="bfloat16" arrays of bfloat16 (ml_dtypes) or of uint16
-        with the same bits. seed: of the router's noise.
+        down_bias (E, H), both if config.bias, else neither. With config.transposed the last two axes of the
+        experts' weights are exchanged; with config.interleaved gate and up take turns.
+        router_bias and e_score_correction_bias (E,), if config.router_bias and config.selection_bias. E here
+        includes config.num_identity_experts, which have no other weights.
+        With config.shared_hidden_dim S the same arrays of the shared expert, without E: shared_gate_up_proj
+        (2S, H), ...; shared_gate_weight (1, H) if config.shared_gate.
+        C-contiguous arrays of config.dtype are used in place, others converted; with config.dtype="bfloat16"
+        arrays of bfloat16 (ml_dtypes) or of uint16 with the same bits. seed: of the router's noise.
         Raises MoeValueError.
         """
         _check.instance("config", config, MoeConfig)
-        given = {
-            "gate_up_proj": gate_up_proj,
-            "up_proj": up_proj,
-            "down_proj": down_proj,
-            "gate_up_bias": gate_up_bias,
-            "up_bias": up_bias,
-            "down_bias": down_bias,
-        }
-        wanted = _expert_tensors(config)
+        given = {name: array for name, array in locals().items() if name not in ("cls", "config", "seed")}
+        wanted = _tensor_shapes(config)
         for name, array in given.items():
             if (array is not None) != (name in wanted):
                 was, rule = ("missing", "given") if array is None else ("given", "left out")
-                _check.fail(name, was, f"{rule} with activation={config.activation!r} and bias={config.bias}")
-        accepts = FORMATS[config.dtype].accepts
-        arrays = [_check.shaped(name, given[name], shape, accepts) for name, shape in wanted.items()]
-        biases = arrays[2:] or (None, None)
-        experts = Experts(config.activation, *arrays[:2], *biases, config.dtype)
-        router_shape = (config.num_experts, config.input_dim)
-        router_weight = _check.floats("router_weight", router_weight, router_shape)
+                _check.fail(name, was, f"{rule} with this config: {config}")
+        arrays = {name: _shaped(name, given[name], shape, config) for name, shape in wanted.items()}
+        experts = [arrays.get(name) for name in _expert_names(config)]
+        shared = None
+        if config.shared_hidden_dim:
+            shared_arrays = (arrays.get(f"shared_{name}") for name in _expert_names(config))
+            shared = [None if array is None else array[None] for array in shared_arrays]
+            shared = experts_of(shared_config(config), shared)
+        router_arrays = {parameter: arrays[name] for name, parameter in _ROUTER_PARAMETERS.items() if name in arrays}
         layer = cls.__new__(cls)
-        layer._assemble(config, experts, router_weight, seed)
+        layer._assemble(
+            config, experts_of(config, experts), shared, router_arrays, arrays.get("shared_gate_weight"), seed
+        )
         return layer
 
     def forward(self, x: ArrayLike, *, dtype: DTypeLike | None = None) -> tuple[np.ndarray, RoutingResult]:
@@ -108,11 +123,41 @@ class MoeLayer:
         dtype = np.float32 if dtype is None else _check.float_dtype("dtype", dtype)
         tokens, shape = self._tokens(x)
         routing = self.router.route(tokens)
-        y = self.experts.forward(tokens, routing.expert_indices, routing.expert_weights, routing.slots_used)
+        y = self._routed(tokens, routing)
+        if self.shared_experts is not None:
+            y += self._shared(tokens)
         with np.errstate(over="ignore"):  # beyond float16 is inf
             return y.reshape(shape).astype(dtype, copy=False), routing
 
     __call__ = forward
+
+    def _routed(self, x, routing):
+        """What the chosen experts add up to."""
+        indices, weights, used = routing.expert_indices, routing.expert_weights, routing.slots_used
+        identity = self.config.num_identity_experts > 0
+        if self.config.apply_router_weight_on_input:
+            return self._weighted_on_input(x, indices, weights, used)
+        y = self.experts.forward(x, indices, weights, used, skip_invalid=identity)
+        if identity:
+            y += np.where(indices < self.config.num_experts, 0, weights).sum(axis=1, keepdims=True) * x
+        return y
+
+    def _weighted_on_input(self, x, indices, weights, used):
+        """Every slot a token of its own: x[t] times the slot's weight (Llama 4: its experts' input)."""
+        tokens, k = indices.shape
+        rows = (x[:, None] * weights[:, :, None]).reshape(tokens * k, x.shape[1])
+        found = (np.arange(k) < used[:, None]).astype(np.int64).ravel()
+        lost = np.where(found[:, None], np.float32(1), weights.reshape(-1, 1))  # 0, or NaN without probabilities
+        y = self.experts.forward(rows, indices.reshape(-1, 1), lost, found)
+        return y.reshape(tokens, k, x.shape[1]).sum(axis=1)
+
+    def _shared(self, x):
+        """The shared expert's output, weighted by its gate."""
+        tokens = len(x)
+        weights = np.ones((tokens, 1), np.float32)
+        if self.shared_gate is not None:
+            weights = self.shared_gate.route(x).expert_weights
+        return self.shared_experts.forward(x, np.zeros((tokens, 1), np.int64), weights, np.ones(tokens, np.int64))
 
     def _tokens(self, x):
         """x as (T, H) float32, and the shape it had."""
@@ -131,6 +176,8 @@ class MoeLayer:
         layer = copy(self)
         layer.config = replace(self.config, dtype=dtype)
         layer.experts = self.experts.astype(dtype)
+        if self.shared_experts is not None:
+            layer.shared_experts = self.shared_experts.astype(dtype)
         return layer
 
     def balance_loss(self, routing: RoutingResult) -> float:
@@ -152,7 +199,7 @@ class MoeLayer:
             config = MoeConfig.from_json(metadata["config"])
         except (KeyError, MoeValueError) as error:
             raise CheckpointError(f"{path}: no moe_numba layer, its metadata has no valid config ({error})") from None
-        wanted = {"router_weight", *_expert_tensors(config)}
+        wanted = set(_tensor_shapes(config))
         if set(tensors) != wanted:
             raise CheckpointError(f"{path}: holds the tensors {sorted(tensors)}, but must hold {sorted(wanted)}")
         try:
@@ -161,20 +208,61 @@ class MoeLayer:
             raise CheckpointError(f"{path}: {error}") from None
 
     def _tensors(self):
-        experts = self.experts
-        arrays = [experts.up, experts.down]
-        if self.config.bias:
-            arrays += [experts.up_bias, experts.down_bias]
-        return {"router_weight": self.router.weight} | dict(zip(_expert_tensors(self.config), arrays, strict=True))
+        """The arrays of `from_weights`, by name."""
+        names = _expert_names(self.config)
+        arrays = dict(zip(names, self.experts.arrays, strict=True))
+        if self.shared_experts is not None:
+            shared = (None if array is None else array[0] for array in self.shared_experts.arrays)
+            arrays |= {f"shared_{name}": array for name, array in zip(names, shared, strict=True)}
+        if self.shared_gate is not None:
+            arrays["shared_gate_weight"] = self.shared_gate.weight
+        arrays |= {name: getattr(self.router, parameter) for name, parameter in _ROUTER_PARAMETERS.items()}
+        return {name: array for name, array in arrays.items() if array is not None}
 
 
-def _expert_tensors(config):
-    """Name and shape of the experts' arrays in `from_weights`: up, down, up_bias, down_bias."""
-    gated = ACTIVATIONS[config.activation].gated
-    up = "gate_up" if gated else "up"
-    experts, h, f = config.num_experts, config.input_dim, config.hidden_dim
-    rows = 2 * f if gated else f
-    shapes = {f"{up}_proj": (experts, rows, h), "down_proj": (experts, h, f)}
-    if config.bias:
-        shapes |= {f"{up}_bias": (experts, rows), "down_bias": (experts, h)}
+#: The router's arrays as `from_weights` calls them, and as the routers do.
+_ROUTER_PARAMETERS = {
+    "router_weight": "weight",
+    "router_bias": "bias",
+    "e_score_correction_bias": "e_score_correction_bias",
+}
+
+
+def _expert_names(config):
+    """Names in `from_weights` of the experts' arrays: up, down, up_bias, down_bias."""
+    up = "gate_up" if ACTIVATIONS[config.activation].gated else "up"
+    return f"{up}_proj", "down_proj", f"{up}_bias", "down_bias"
+
+
+def _expert_shapes(config, hidden_dim):
+    """Shapes of one expert's arrays, in the order of `_expert_names`."""
+    h, rows = config.input_dim, hidden_dim * (2 if ACTIVATIONS[config.activation].gated else 1)
+    weights = [(rows, h), (h, hidden_dim)]
+    if config.transposed:
+        weights = [shape[::-1] for shape in weights]
+    return weights + ([(rows,), (h,)] if config.bias else [])
+
+
+def _tensor_shapes(config):
+    """Name and shape of every array that `from_weights` wants."""
+    experts, logits = config.num_experts, config.num_experts + config.num_identity_experts
+    names = _expert_names(config)
+    shapes = {"router_weight": (logits, config.input_dim)}
+    if config.router_bias:
+        shapes["router_bias"] = (logits,)
+    if config.selection_bias:
+        shapes["e_score_correction_bias"] = (logits,)
+    of_one = _expert_shapes(config, config.hidden_dim)
+    shapes |= {name: (experts, *shape) for name, shape in zip(names, of_one, strict=False)}
+    if config.shared_hidden_dim:
+        of_shared = _expert_shapes(config, config.shared_hidden_dim)
+        shapes |= {f"shared_{name}": shape for name, shape in zip(names, of_shared, strict=False)}
+    if config.shared_gate:
+        shapes["shared_gate_weight"] = (1, config.input_dim)
     return shapes
+
+
+def _shaped(name, array, shape, config):
+    """`array` checked: experts' weights in the config's format, all others floats."""
+    accepts = FORMATS[config.dtype].accepts if name.endswith("_proj") else _check.is_float
+    return _check.shaped(name, array, shape, accepts)

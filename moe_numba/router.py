@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -10,10 +10,11 @@ from numpy.typing import ArrayLike
 from . import _check
 from ._init import router_weight
 from .config import RouterConfig
-from .kernels import routing
+from .kernels import routing, scoring
 from .threads import threads_for, twin
 
 _NO_NOISE = _check.read_only(np.empty((0, 0), np.float32))
+_NO_VECTOR = np.empty(0, np.float32)
 
 
 @dataclass(slots=True, eq=False)
@@ -24,8 +25,8 @@ class RoutingResult:
     """
 
     expert_indices: np.ndarray  #: (T, K) int64, the more probable expert first; unfilled slots last
-    expert_weights: np.ndarray  #: (T, K) float32, sum 1 over the filled slots, 0 in unfilled ones
-    routing_probs: np.ndarray  #: (T, E) float32, softmax over all experts
+    expert_weights: np.ndarray  #: (T, K) float32, sum 1 over the filled slots or as configured, 0 in unfilled ones
+    routing_probs: np.ndarray  #: (T, E) float32, scores of all experts: their softmax or as configured
     expert_counts: np.ndarray | None = None  #: (E,) int64, rows dispatched to each expert
     num_dropped: int | None = None  #: tokens that found no expert
     slots_used: np.ndarray | None = None  #: (T,) int64, filled slots of each token; they come first
@@ -73,17 +74,56 @@ def softmax_rows(logits: ArrayLike) -> np.ndarray:
 class TopKRouter:
     """Deterministic top-k router: softmax(x @ gate_weight), the K most probable experts.
 
-    config: RouterConfig. weight: (E, H) float32, used in place; without it, `init` draws one:
-    "xavier" from `seed`, or "sine", entrenar's start.
+    config: RouterConfig, with other scores, groups and biases if it says so (docs/routing.md). weight:
+    (E, H) float32, used in place; without it, `init` draws one: "xavier" from `seed`, or "sine",
+    entrenar's start. bias, e_score_correction_bias: (E,) float32, used in place, if config.router_bias and
+    config.selection_bias; zeros without them.
     """
 
-    def __init__(self, config: RouterConfig, *, weight: ArrayLike | None = None, seed: int = 0, init: str = "xavier"):
+    def __init__(
+        self,
+        config: RouterConfig,
+        *,
+        weight: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+        e_score_correction_bias: ArrayLike | None = None,
+        seed: int = 0,
+        init: str = "xavier",
+    ):
         self.config = _check.instance("config", config, RouterConfig)
         shape = (config.num_experts, config.input_dim)
         if weight is None:
             weight = router_weight(shape, seed, init)
         self._weight = _check.floats("weight", weight, shape, "(num_experts, input_dim)")
+        self._bias = _vector("bias", bias, config.router_bias, config)
+        self._selection_bias = _vector(
+            "e_score_correction_bias", e_score_correction_bias, config.selection_bias, config
+        )
+        self._make_views()
+
+    def _make_views(self):
+        """What kernels take: views that cannot be written."""
         self._kernel_weight = _check.read_only(self._weight)
+        self._rules = self._make_rules()
+
+    def _make_rules(self):
+        c = self.config
+        if replace(c, **_WITHOUT_RULES) == c:
+            return None
+        return scoring.Rules(
+            scoring.CODES[c.scoring],
+            c.score_before_topk,
+            c.norm_topk_prob,
+            c.norm_eps,
+            c.routed_scaling_factor,
+            c.n_group,
+            c.n_group if c.topk_group is None else c.topk_group,
+            c.group_score == "top2_sum",
+            0.0 if c.group_mask == "zero" else -math.inf,
+            0.0 if c.logit_softcap is None else c.logit_softcap,
+            0.0,
+            *(_check.read_only(_NO_VECTOR if v is None else v) for v in (self._bias, self._selection_bias)),
+        )
 
     @property
     def weight(self) -> np.ndarray:
@@ -103,24 +143,47 @@ class TopKRouter:
     def gate_weight(self, value: ArrayLike) -> None:
         _check.assign("gate_weight", self._weight.T, value)
 
-    def __getstate__(self):
-        return {name: value for name, value in vars(self).items() if name not in ("_kernel_weight", "_calls")}
+    @property
+    def bias(self) -> np.ndarray | None:
+        """(E,) added to the logits, or None; assigning writes into it."""
+        return self._bias
 
-    def __setstate__(self, state):  # a copy has views of its own weight
+    @bias.setter
+    def bias(self, value: ArrayLike) -> None:
+        self._assign_vector("bias", self._bias, value)
+
+    @property
+    def e_score_correction_bias(self) -> np.ndarray | None:
+        """(E,) added to the scores by which experts are chosen, not to the weights, or None."""
+        return self._selection_bias
+
+    @e_score_correction_bias.setter
+    def e_score_correction_bias(self, value: ArrayLike) -> None:
+        self._assign_vector("e_score_correction_bias", self._selection_bias, value)
+
+    @staticmethod
+    def _assign_vector(name, vector, value):
+        if vector is None:
+            _check.fail(name, "assigned", f"left alone: this router has no {name}")
+        _check.assign(name, vector, value)
+
+    def __getstate__(self):
+        views = ("_kernel_weight", "_rules", "_calls")
+        return {name: value for name, value in vars(self).items() if name not in views}
+
+    def __setstate__(self, state):  # a copy has views of its own arrays
         vars(self).update(state)
-        self._kernel_weight = _check.read_only(self._weight)
+        self._make_views()
 
     def route(self, x: ArrayLike) -> RoutingResult:
-        """Route the tokens x (T, H). See RoutingResult, and README.md for the rules."""
+        """Route the tokens x (T, H). See RoutingResult, and docs/routing.md for the rules."""
         config = self.config
         x = _check.read_only(_check.floats("x", x, (None, config.input_dim), f"(T, {config.input_dim})"))
         tokens = x.shape[0]
         experts, k = config.num_experts, config.top_k
-        limited = config.capacity_factor is not None
-        # 1e20: every row has room in any case, and the product stays finite.
-        factor = min(config.capacity_factor, 1e20) if limited else 0.0
-        capacity = max(1, math.ceil(min(_capacity(tokens, k, experts, factor), tokens * k))) if limited else -1
+        capacity = self._capacity(tokens)
         probs = np.empty((tokens, experts), np.float32)
+        keys = probs if self._rules is None else np.empty((tokens, experts), np.float32)
         indices = np.empty((tokens, k), np.int64)
         weights = np.empty((tokens, k), np.float32)
         used = np.empty(tokens, np.int64)
@@ -130,9 +193,11 @@ class TopKRouter:
             x,
             self._kernel_weight,
             self._noise(tokens),
+            self._rules,
             capacity,
             config.overflow == "next",
             probs,
+            keys,
             indices,
             weights,
             used,
@@ -140,8 +205,19 @@ class TopKRouter:
             threads,
             np.empty(1, np.int64),
         )
-        dropped = int(tokens - np.count_nonzero(used)) if limited else 0
+        dropped = 0 if capacity < 0 else int(tokens - np.count_nonzero(used))
         return RoutingResult(indices, weights, probs, counts, dropped, used)
+
+    def _capacity(self, tokens):
+        """Rows that an expert takes from T tokens; -1 for no limit."""
+        config = self.config
+        if config.expert_capacity is not None:
+            return config.expert_capacity
+        if config.capacity_factor is None:
+            return -1
+        factor = min(config.capacity_factor, 1e20)  # every row has room in any case, and the product stays finite
+        rows = tokens * config.top_k
+        return max(1, math.ceil(min(_capacity(tokens, config.top_k, config.num_experts, factor), rows)))
 
     def _noise(self, tokens):
         """What is added to the logits of T tokens: (T, E), or (0, 0) for nothing."""
@@ -163,13 +239,16 @@ class NoisyTopKRouter(TopKRouter):
         seed: int | None = None,
         *,
         weight: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+        e_score_correction_bias: ArrayLike | None = None,
         init: str = "xavier",
     ):
         rule = "a finite number of at least 0"
         self.noise_std = _check.number("noise_std", noise_std, rule, lambda v: v >= 0)
         self._seed = np.random.SeedSequence(None if seed is None else _check.integer("seed", seed, 0)).entropy
         self._calls = itertools.count()  # next() is atomic: calls from several threads differ
-        super().__init__(config, weight=weight, seed=0 if seed is None else seed, init=init)
+        biases = {"bias": bias, "e_score_correction_bias": e_score_correction_bias}
+        super().__init__(config, weight=weight, **biases, seed=0 if seed is None else seed, init=init)
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -180,3 +259,62 @@ class NoisyTopKRouter(TopKRouter):
         noise = generator.standard_normal((tokens, self.config.num_experts), np.float32)
         noise *= np.float32(self.noise_std)
         return _check.read_only(noise)
+
+
+class SparseMixerRouter(TopKRouter):
+    """Router that picks one expert after the other (Phi-3.5-MoE's `sparsemixer` without its noise, for inference).
+
+    The pick is the largest logit that is left. Its weight is its softmax among the logits left whose gap to it,
+    divided by the larger of their magnitude and the pick, is at most 2 * jitter_eps. The weights of a
+    token do not sum to 1. config: a RouterConfig without limits, other scores, groups and biases.
+    routing_probs are the softmax over all experts.
+    """
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        jitter_eps: float = 0.01,
+        *,
+        weight: ArrayLike | None = None,
+        seed: int = 0,
+        init: str = "xavier",
+    ):
+        self.jitter_eps = _check.number("jitter_eps", jitter_eps, "a finite number above 0", lambda v: v > 0)
+        _check.instance("config", config, RouterConfig)
+        plain = RouterConfig(config.input_dim, config.num_experts, config.top_k, None)
+        for name, value in config.to_dict().items():
+            if value != getattr(plain, name) and name != "norm_topk_prob":
+                _check.fail(name, repr(value), f"{getattr(plain, name)!r} for a SparseMixerRouter")
+        super().__init__(config, weight=weight, seed=seed, init=init)
+
+    def _make_rules(self):
+        none = _check.read_only(_NO_VECTOR)
+        return scoring.Rules(
+            scoring.SPARSEMIXER, True, False, 0.0, 1.0, 1, 1, False, 0.0, 0.0, self.jitter_eps, none, none
+        )
+
+
+#: Fields of a RouterConfig with which the plain softmax does what the config says.
+_WITHOUT_RULES = {
+    "scoring": "softmax",
+    "score_before_topk": True,
+    "norm_topk_prob": True,
+    "norm_eps": 0.0,
+    "routed_scaling_factor": 1.0,
+    "n_group": 1,
+    "topk_group": None,
+    "logit_softcap": None,
+    "router_bias": False,
+    "selection_bias": False,
+}
+
+
+def _vector(name, value, wanted, config):
+    """A bias (E,) of a router: given or zeros if `wanted`, else None."""
+    if not wanted:
+        if value is not None:
+            _check.fail(name, "given", f"left out with this config: {config}")
+        return None
+    if value is None:
+        return np.zeros(config.num_experts, np.float32)
+    return _check.floats(name, value, (config.num_experts,), "(num_experts,)")

@@ -37,7 +37,7 @@ LEVEL = {room: len(FLOORS) - i for i, rooms in enumerate(FLOORS) for room in roo
 #: Within a package of several files.
 WITHIN = {
     "simd": ["target", "vector", "tile", "outer", "math", "atomic"],
-    "kernels": ["activations", "projection", "plan", "routing", "experts"],
+    "kernels": ["activations", "projection", "plan", "scoring", "routing", "experts"],
     "formats": ["format", "float32", "bfloat16", "__init__"],
 }
 
@@ -49,6 +49,7 @@ PUBLIC = {
     "TopKRouter",
     "NoisyTopKRouter",
     "RoutingResult",
+    "SparseMixerRouter",
     "balance_loss",
     "z_loss",
     "expert_load_fractions",

@@ -117,7 +117,7 @@ WRONG = [
     *((name, 1) for name in ("score_before_topk", "norm_topk_prob", "router_bias", "selection_bias")),
     *((name, value) for name in ("swiglu_limit", "swiglu_alpha") for value in [0, -1, np.nan, "7"]),
     *(("swiglu_beta", value) for value in [np.inf, None]),
-    *((name, 0) for name in ("apply_router_weight_on_input", "shared_gate")),
+    *((name, 0) for name in ("apply_router_weight_on_input", "shared_gate", "transposed", "interleaved")),
     *((name, value) for name in ("num_identity_experts", "shared_hidden_dim") for value in [-1, 1.0, None]),
     *(("sparsemixer_eps", value) for value in [0, np.inf, "0.01"]),
 ]
@@ -144,6 +144,8 @@ def test_wrong_router_values_are_named(name, value):
 CLASHES = {
     "activation": [{"swiglu_limit": 7.0}, {"swiglu_alpha": 1.702, "activation": "geglu"}, {"swiglu_beta": 1.0}],
     "capacity_factor": [{"expert_capacity": 64, "capacity_factor": 1.0}],
+    "apply_router_weight_on_input": [{"apply_router_weight_on_input": True, "num_identity_experts": 1}],
+    "interleaved": [{"interleaved": True, "activation": "gelu"}],
     "group_score": [{"n_group": 8, "group_score": "top2_sum"}],
     "score_before_topk": [{"n_group": 2, "score_before_topk": False}],
     "shared_gate": [{"shared_gate": True}],

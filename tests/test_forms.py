@@ -81,7 +81,7 @@ def test_transposed_without_gate(rng, dtype, activation):
 def test_gates_with_parameters(rng, parameters):
     assert_form(rng, random_experts(rng, (3, 37, 45), **parameters), 40)
     plain = random_experts(rng, (3, 37, 45))
-    altered = Experts("swiglu", *plain._arrays, **parameters)
+    altered = Experts("swiglu", *plain.arrays, **parameters)
     x, choice = 9 * random_array(rng, 20, 37), choices(rng, 20, 3, 1)
     assert np.abs(plain.forward(x, *choice) - altered.forward(x, *choice)).max() > 1e-3
 

@@ -34,7 +34,7 @@ class Form(NamedTuple):
     code: int  #: activation function (activations.CODES)
     gated: bool  #: whether it gates a second projection
     interleaved: bool  #: rows of gate and up alternate; otherwise all of the gate's come first
-    limit: float  #: parameters of activations.clamped_silu, float32
+    limit: float  #: parameters of activations.clamped_silu
     alpha: float
     beta: float
 
@@ -217,6 +217,7 @@ def _activate_row(sums, columns, column_block, weights, form, expert, column, hi
     Column i of gate and up lies in the sums at i and column_block + i, in the bias at i and
     hidden_dim + i; interleaved, at 2 i and 2 i + 1 in both.
     """
+    limit, alpha, beta = np.float32(form.limit), np.float32(form.alpha), np.float32(form.beta)
     projections = 2 if form.gated else 1
     run = projections if form.interleaved else 1
     biased = weights.up_bias.shape[0] > 0
@@ -236,7 +237,7 @@ def _activate_row(sums, columns, column_block, weights, form, expert, column, hi
             if biased:
                 y = y + load(bias, at + LANES if form.interleaved else hidden_dim + i, second_size)
             gate, up = (even_lanes(x, y), odd_lanes(x, y)) if form.interleaved else (x, y)
-            value = gated(form.code, gate, up, form.limit, form.alpha, form.beta)
+            value = gated(form.code, gate, up, limit, alpha, beta)
         else:
             value = activate(form.code, x)
         store_operand(value, hidden, i, n, pointer(weights.down, 0))

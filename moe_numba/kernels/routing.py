@@ -5,10 +5,9 @@ from numba import prange
 
 from .._jit import helper, inline, kernel
 from ..simd.atomic import take_next
-from ..simd.math import exp
-from ..simd.target import LANES
-from ..simd.vector import load, load_or, max_lanes, pointer, splat, store, sum_lanes, where_less
+from ..simd.vector import pointer
 from .projection import CONSECUTIVE, ROW_BLOCK, project
+from .scoring import SPARSEMIXER, normalise, score, softmax, sparsemixer, weigh
 
 #: Tokens per piece of work: enough for full tiles, few enough to share 64 tokens among threads.
 TOKEN_BLOCK = 32
@@ -18,38 +17,18 @@ assert TOKEN_BLOCK <= ROW_BLOCK
 
 
 @inline
-def softmax(row, at, n):
-    """Replace row[at : at + n] by its softmax. All NaN if a value is NaN or +inf, or all are -inf."""
-    high = splat(np.float32(-np.inf))
-    for i in range(0, n, LANES):
-        x = load_or(row, at + i, min(LANES, n - i), high)
-        high = where_less(high, x, x, high)
-    high = splat(max_lanes(high))
-    total = splat(np.float32(0.0))
-    for i in range(0, n, LANES):
-        size = min(LANES, n - i)
-        e = exp(load(row, at + i, size) - high)
-        store(e, row, at + i, size)
-        total = total + load(row, at + i, size)
-    total = splat(sum_lanes(total))
-    for i in range(0, n, LANES):
-        size = min(LANES, n - i)
-        store(load(row, at + i, size) / total, row, at + i, size)
-
-
-@inline
-def top_k(probs, t, k, indices, weights):
-    """The k largest of probs[t], the larger first, ties to the lower index. O(E + inserts * k).
+def top_k(keys, t, k, indices, weights):
+    """The k largest of keys[t], the larger first, ties to the lower index. O(E + inserts * k).
 
     A row of NaN yields the indices 0 .. k - 1.
     """
     for j in range(k):
         indices[t, j] = j
-        weights[t, j] = probs[t, j]
+        weights[t, j] = keys[t, j]
     for j in range(1, k):  # insertion sort of the first k
-        _sink(indices, weights, t, j, j, probs[t, j])
-    for e in range(k, probs.shape[1]):
-        p = probs[t, e]
+        _sink(indices, weights, t, j, j, keys[t, j])
+    for e in range(k, keys.shape[1]):
+        p = keys[t, e]
         if p > weights[t, k - 1]:
             _sink(indices, weights, t, k - 1, e, p)
 
@@ -66,24 +45,23 @@ def _sink(indices, weights, t, last, e, p):
     weights[t, j] = p
 
 
-@inline
-def normalise(weights, t, n):
-    """Scale weights[t, :n] to sum to 1; equal shares if every chosen probability underflowed to 0."""
-    total = np.float32(0.0)
-    for j in range(n):
-        total += weights[t, j]
-    for j in range(n):
-        weights[t, j] = weights[t, j] / total if total != 0.0 else np.float32(1.0) / np.float32(n)
+@helper
+def _weigh(rules, scores, keys, t, n, indices, weights):
+    """Turn the keys weights[t, :n] of the chosen into their weights."""
+    if rules is None:
+        normalise(weights, t, n, 0.0)
+    else:
+        weigh(rules, scores, keys, t, n, indices, weights)
 
 
 @helper
-def _choose_with_room(probs, t, k, counts, capacity, pass_over, indices, weights):
+def _choose_with_room(rules, scores, keys, t, k, counts, capacity, pass_over, indices, weights):
     """Give token t its experts as `route` says; return how many slots found one."""
     best = indices[t, 0]
     found = 0
     if pass_over:
-        for e in range(probs.shape[1]):
-            p = probs[t, e]
+        for e in range(keys.shape[1]):
+            p = keys[t, e]
             if counts[e] < capacity and (found < k or p > weights[t, k - 1]):
                 _sink(indices, weights, t, min(found, k - 1), e, p)
                 found = min(found + 1, k)
@@ -92,17 +70,17 @@ def _choose_with_room(probs, t, k, counts, capacity, pass_over, indices, weights
             e = indices[t, j]
             if counts[e] < capacity:
                 indices[t, found] = e
-                weights[t, found] = probs[t, e]
+                weights[t, found] = keys[t, e]
                 found += 1
     for j in range(found, k):
         indices[t, j] = indices[t, found - 1] if found > 0 else best
         weights[t, j] = 0.0
-    normalise(weights, t, found)
+    _weigh(rules, scores, keys, t, found, indices, weights)
     return found
 
 
 @helper
-def _fill_in_order(probs, capacity, pass_over, indices, weights, used, counts):
+def _fill_in_order(rules, scores, keys, capacity, pass_over, indices, weights, used, counts):
     """The capacity pass: tokens in order, each takes what still has room."""
     counts[:] = 0
     k = indices.shape[1]
@@ -111,24 +89,26 @@ def _fill_in_order(probs, capacity, pass_over, indices, weights, used, counts):
         for j in range(used[t]):
             full = full or counts[indices[t, j]] >= capacity
         if full:
-            used[t] = _choose_with_room(probs, t, k, counts, capacity, pass_over, indices, weights)
+            used[t] = _choose_with_room(rules, scores, keys, t, k, counts, capacity, pass_over, indices, weights)
         for j in range(used[t]):
             counts[indices[t, j]] += 1
 
 
 @kernel
-def route(x, weight, noise, capacity, pass_over, probs, indices, weights, used, counts, threads, counters):
+def route(x, weight, noise, rules, capacity, pass_over, probs, keys, indices, weights, used, counts, threads, counters):
     """Route tokens to experts.
 
     x           (T, H) float32 tokens
     weight      (E, H) float32 router weight
     noise       (T, E) float32 added to the logits, or (0, 0)
+    rules       Rules, or None for a softmax over the logits
     capacity    rows an expert takes; negative: no limit
     pass_over   a full expert is passed over for the next best; otherwise the slot is lost
     Writes
-    probs       (T, E) float32 softmax(x @ weight.T + noise)
+    probs       (T, E) float32 scores of x @ weight.T + noise
+    keys        (T, E) float32 by which experts are chosen; without rules `probs` itself
     indices     (T, K) int64 chosen experts, then for unfilled slots the last chosen one
-    weights     (T, K) float32 probabilities of the chosen, summing to 1; 0 for unfilled slots
+    weights     (T, K) float32 scores of the chosen, summing to 1 or as the rules say; 0 for unfilled slots
     used        (T,) int64 slots that found an expert
     counts      (E,) int64 rows per expert
     threads     that share the work
@@ -148,7 +128,7 @@ def route(x, weight, noise, capacity, pass_over, probs, indices, weights, used, 
         _logits(x, weight, probs, token_blocks * expert_blocks, expert_blocks, counters)
     for block in prange(token_blocks):
         first = np.int64(block) * TOKEN_BLOCK
-        _select(first, min(first + TOKEN_BLOCK, tokens), noise, probs, indices, weights)
+        _select(first, min(first + TOKEN_BLOCK, tokens), noise, rules, probs, keys, indices, weights)
 
     counts[:] = 0
     over = False
@@ -163,7 +143,7 @@ def route(x, weight, noise, capacity, pass_over, probs, indices, weights, used, 
             counts[e] += 1
             over = over or counts[e] > capacity
     if capacity >= 0 and over:
-        _fill_in_order(probs, capacity, pass_over, indices, weights, used, counts)
+        _fill_in_order(rules, probs, keys, capacity, pass_over, indices, weights, used, counts)
 
 
 @helper
@@ -192,19 +172,30 @@ def _logits(x, weight, probs, items, expert_blocks, counters):
 
 
 @helper
-def _select(first, end, noise, probs, indices, weights):
-    """Turn the logits of tokens first <= t < end into probabilities, choices and weights."""
+def _select(first, end, noise, rules, probs, keys, indices, weights):
+    """Turn the logits of tokens first <= t < end into scores, choices and weights."""
     experts = probs.shape[1]
     k = indices.shape[1]
     noisy = noise.shape[0] > 0
-    row = pointer(probs, 0)
     for t in range(first, end):
         if noisy:
             for e in range(experts):
                 probs[t, e] += noise[t, e]
-        softmax(row, t * experts, experts)
+        _select_one(rules, probs, keys, t, k, indices, weights)
+
+
+@helper
+def _select_one(rules, probs, keys, t, k, indices, weights):
+    if rules is None:
+        softmax(pointer(probs, t * probs.shape[1]), 0, probs.shape[1])
         top_k(probs, t, k, indices, weights)
-        normalise(weights, t, k)
+        normalise(weights, t, k, 0.0)
+    elif rules.scoring == SPARSEMIXER:
+        sparsemixer(rules.jitter, probs, t, k, indices, weights)
+    else:
+        score(rules, probs, keys, t)
+        top_k(keys, t, k, indices, weights)
+        weigh(rules, probs, keys, t, k, indices, weights)
 
 
 @kernel
