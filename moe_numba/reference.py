@@ -59,18 +59,27 @@ def capacity_limit(num_tokens, top_k, num_experts, capacity_factor):
     return max(1, math.ceil(raw))
 
 
-def select(probs, top_k, capacity=None, overflow="next"):
-    """Steps 4 and 5 of the routing rules: who goes where, given probabilities (T, E)."""
-    probs = np.asarray(probs)
-    num_tokens, num_experts = probs.shape
+def select(scores, top_k, capacity=None, overflow="next", keys=None, weigh=None):
+    """Steps 4 and 5 of the routing rules: who goes where, given scores (T, E).
+
+    Experts are chosen by keys (T, E), the scores if left out; weigh(t, chosen) gives their weights,
+    scores that sum to 1 if left out.
+    """
+    scores = np.asarray(scores)
+    keys = scores if keys is None else keys
+    num_tokens, num_experts = scores.shape
     indices = np.zeros((num_tokens, top_k), np.int64)
     weights = np.zeros((num_tokens, top_k))
     used = np.zeros(num_tokens, np.int64)
     counts = np.zeros(num_experts, np.int64)
 
+    def shares(t, chosen):
+        p = scores[t, chosen].astype(np.float64)
+        return p / p.sum() if p.sum() != 0 else 1 / len(chosen)
+
     for t in range(num_tokens):
-        ranking = np.argsort(-probs[t], kind="stable")  # ties to the lower index; NaN keeps index order
-        if capacity is not None and np.isnan(probs[t]).any():
+        ranking = np.argsort(-keys[t], kind="stable")  # ties to the lower index; NaN keeps index order
+        if capacity is not None and np.isnan(scores[t]).any():
             chosen = []  # takes no room from the others
             weights[t] = np.nan
         else:
@@ -84,8 +93,7 @@ def select(probs, top_k, capacity=None, overflow="next"):
         indices[t, :n] = chosen
         counts[chosen] += 1
         if chosen:
-            p = probs[t, chosen].astype(np.float64)
-            weights[t, :n] = p / p.sum() if p.sum() != 0 else 1 / n
+            weights[t, :n] = (weigh or shares)(t, chosen)
 
     return indices, weights, counts, used
 
@@ -97,9 +105,74 @@ def route(x, gate_weight, top_k, capacity_factor, overflow="next", noise=0.0):
     capacity = None
     if capacity_factor is not None:
         capacity = capacity_limit(len(x), top_k, probs.shape[1], capacity_factor)
-    indices, weights, counts, used = select(probs, top_k, capacity, overflow)
+    return _routing(probs, capacity, *select(probs, top_k, capacity, overflow))
+
+
+def _routing(probs, capacity, indices, weights, counts, used):
     dropped = 0 if capacity is None else int((used == 0).sum())
     return Routing(indices, weights, probs, counts, dropped, used)
+
+
+SCORINGS = {
+    "softmax": softmax_rows,
+    "sigmoid": sigmoid,
+    "sqrtsoftplus": lambda x: np.sqrt(np.logaddexp(0, x)),
+}
+
+
+def mask_groups(keys, n_group, topk_group, group_score, group_mask):
+    """Keys (T, E) of which only those of the best groups are left (DeepSeek-V2 and V3, section 2.1.2)."""
+    groups = keys.reshape(len(keys), n_group, keys.shape[1] // n_group)
+    best = np.sort(groups, axis=2)[:, :, ::-1]
+    score = best[:, :, 0] + best[:, :, 1] if group_score == "top2_sum" else best[:, :, 0]
+    chosen = np.argsort(-score, axis=1, kind="stable")[:, :topk_group]
+    left = np.zeros(score.shape, bool)
+    np.put_along_axis(left, chosen, True, axis=1)
+    masked = 0.0 if group_mask == "zero" else -np.inf
+    return np.where(left[:, :, None], groups, masked).reshape(keys.shape)
+
+
+def route_logits(logits, config, bias=0.0, selection_bias=0.0):
+    """logits (T, E) -> Routing, as a RouterConfig says. docs/routing.md states it in words."""
+    logits = np.float64(logits) + bias
+    if config.logit_softcap is not None:
+        logits = config.logit_softcap * np.tanh(logits / config.logit_softcap)
+    logits[np.isnan(logits).any(axis=1)] = np.nan
+    scores = SCORINGS[config.scoring](logits)
+    keys = (scores if config.score_before_topk else logits) + selection_bias
+    if config.n_group > 1 and config.topk_group is not None:
+        keys = mask_groups(keys, config.n_group, config.topk_group, config.group_score, config.group_mask)
+
+    def weigh(t, chosen):
+        w = scores[t, chosen]
+        if config.scoring == "softmax" and not config.score_before_topk:
+            w = softmax_rows(logits[t : t + 1, chosen])[0]
+        elif config.norm_topk_prob:
+            w = w / (w.sum() + config.norm_eps) if w.sum() + config.norm_eps != 0 else np.full(len(w), 1 / len(w))
+        return w * config.routed_scaling_factor
+
+    capacity = config.expert_capacity
+    if config.capacity_factor is not None:
+        capacity = capacity_limit(len(logits), config.top_k, logits.shape[1], config.capacity_factor)
+    return _routing(scores, capacity, *select(scores, config.top_k, capacity, config.overflow, keys, weigh))
+
+
+def sparsemixer(logits, top_k, jitter_eps):
+    """(indices, weights) of Phi-3.5-MoE's router: one pick after the other, each weighted among those near it."""
+    logits = np.float64(logits)
+    indices = np.zeros((len(logits), top_k), np.int64)
+    weights = np.zeros((len(logits), top_k))
+    for t, row in enumerate(logits):
+        left = row.copy()
+        for k in range(top_k):
+            pick = int(left.argmax())
+            high = left[pick]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                near = ~((high - row) / np.maximum(np.abs(row), high) > 2 * jitter_eps) & (left > -np.inf)
+            indices[t, k] = pick
+            weights[t, k] = 1 / np.exp(left[near] - high).sum()
+            left[pick] = -np.inf
+    return indices, weights
 
 
 # ---- experts ----
