@@ -10,6 +10,7 @@ from .errors import CheckpointError, MoeError, MoeValueError
 from .experts import Expert, fused_experts
 from .layer import MoeLayer
 from .losses import balance_loss, expert_load_fractions, z_loss
+from .pretrained import list_moe_layers
 from .router import NoisyTopKRouter, RoutingResult, SparseMixerRouter, TopKRouter, capacity_limit, softmax_rows
 from .threads import get_num_threads, set_num_threads
 
@@ -31,6 +32,7 @@ __all__ = [
     "expert_load_fractions",
     "fused_experts",
     "get_num_threads",
+    "list_moe_layers",
     "set_num_threads",
     "softmax_rows",
     "z_loss",

@@ -44,8 +44,8 @@ def run(layer: MoeLayer, source, target=None, batch_size=4096, progress=lambda d
     if tokens.shape[-1] != width:
         raise CheckpointError(f"{source}: has tokens of width {tokens.shape[-1]}, but the layer's input_dim is {width}")
     count = math.prod(tokens.shape[:-1])
-    counts = np.zeros(layer.config.num_experts, np.int64)
-    probs = np.zeros(layer.config.num_experts)
+    experts = layer.router.config.num_experts
+    counts, probs = np.zeros(experts, np.int64), np.zeros(experts)
     dropped = 0
 
     for batch in {min(batch_size, count), count % batch_size}:

@@ -293,6 +293,8 @@ def shared_config(config) -> MoeConfig:
         num_experts=1,
         top_k=1,
         hidden_dim=config.shared_hidden_dim,
+        transposed=False,
+        interleaved=False,
         num_identity_experts=0,
         n_group=1,
         topk_group=None,

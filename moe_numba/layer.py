@@ -13,6 +13,7 @@ from .config import ACTIVATIONS, DTYPES, MoeConfig, RouterConfig
 from .errors import CheckpointError, MoeValueError
 from .experts import experts_of, random_experts, shared_config
 from .formats import FORMATS
+from .pretrained import read_block
 from .router import NoisyTopKRouter, RoutingResult, SparseMixerRouter, TopKRouter
 
 
@@ -86,8 +87,8 @@ class MoeLayer:
         experts' weights are exchanged; with config.interleaved gate and up take turns.
         router_bias and e_score_correction_bias (E,), if config.router_bias and config.selection_bias. E here
         includes config.num_identity_experts, which have no other weights.
-        With config.shared_hidden_dim S the same arrays of the shared expert, without E: shared_gate_up_proj
-        (2S, H), ...; shared_gate_weight (1, H) if config.shared_gate.
+        With config.shared_hidden_dim S the same arrays of the shared expert, without E and never transposed or
+        interleaved: shared_gate_up_proj (2S, H), ...; shared_gate_weight (1, H) if config.shared_gate.
         C-contiguous arrays of config.dtype are used in place, others converted; with config.dtype="bfloat16"
         arrays of bfloat16 (ml_dtypes) or of uint16 with the same bits. seed: of the router's noise.
         Raises MoeValueError.
@@ -207,6 +208,20 @@ class MoeLayer:
         except MoeValueError as error:
             raise CheckpointError(f"{path}: {error}") from None
 
+    @classmethod
+    def from_pretrained(
+        cls, path: str | PathLike, layer: int | str, *, dtype: str | None = None, seed: int | None = 0
+    ) -> "MoeLayer":
+        """The MoE block of one layer of a published model, from its checkpoint.
+
+        path: directory in Hugging Face format: config.json and safetensors files. layer: one of
+        `list_moe_layers(path)`. Only the bytes of that layer are read; what is stored as it is used stays in the
+        file, mapped read-only. dtype: one of config.DTYPES; None: bfloat16 if the checkpoint's is, else float32.
+        docs/checkpoints.md has the table of families. Raises CheckpointError.
+        """
+        config, arrays = read_block(path, layer, dtype)
+        return cls.from_weights(config, **arrays, seed=seed)
+
     def _tensors(self):
         """The arrays of `from_weights`, by name."""
         names = _expert_names(self.config)
@@ -234,11 +249,11 @@ def _expert_names(config):
     return f"{up}_proj", "down_proj", f"{up}_bias", "down_bias"
 
 
-def _expert_shapes(config, hidden_dim):
+def _expert_shapes(config, hidden_dim, transposed):
     """Shapes of one expert's arrays, in the order of `_expert_names`."""
     h, rows = config.input_dim, hidden_dim * (2 if ACTIVATIONS[config.activation].gated else 1)
     weights = [(rows, h), (h, hidden_dim)]
-    if config.transposed:
+    if transposed:
         weights = [shape[::-1] for shape in weights]
     return weights + ([(rows,), (h,)] if config.bias else [])
 
@@ -252,10 +267,10 @@ def _tensor_shapes(config):
         shapes["router_bias"] = (logits,)
     if config.selection_bias:
         shapes["e_score_correction_bias"] = (logits,)
-    of_one = _expert_shapes(config, config.hidden_dim)
+    of_one = _expert_shapes(config, config.hidden_dim, config.transposed)
     shapes |= {name: (experts, *shape) for name, shape in zip(names, of_one, strict=False)}
     if config.shared_hidden_dim:
-        of_shared = _expert_shapes(config, config.shared_hidden_dim)
+        of_shared = _expert_shapes(config, config.shared_hidden_dim, False)
         shapes |= {f"shared_{name}": shape for name, shape in zip(names, of_shared, strict=False)}
     if config.shared_gate:
         shapes["shared_gate_weight"] = (1, config.input_dim)

@@ -1,0 +1,246 @@
+"""The MoE block of a published model, from its checkpoint: config and arrays for MoeLayer.from_weights."""
+
+import re
+
+import numpy as np
+
+from ._aligned import aligned_empty
+from ._check import choice
+from .checkpoint import Checkpoint
+from .config import ACTIVATIONS, DTYPES, MoeConfig
+from .errors import CheckpointError, MoeValueError
+from .families import FAMILIES, Key, activation_of
+from .formats import FORMATS
+
+
+def list_moe_layers(path) -> list[int | str]:
+    """Numbers of the layers of a checkpoint that are Mixture-of-Experts, as `MoeLayer.from_pretrained` takes them.
+
+    path: a directory in Hugging Face format. Where a model has an encoder and a decoder, strings such as
+    "encoder.1". Raises CheckpointError.
+    """
+    checkpoint = Checkpoint(path)
+    family, _ = _family(checkpoint)
+    found = []
+    for block in family.blocks:
+        before, after = f"{block}.{family.router}".split("{layer}")
+        name = re.compile(f"{re.escape(before)}([0-9]+){re.escape(after)}")
+        numbers = sorted(int(match[1]) for tensor in checkpoint if (match := name.fullmatch(tensor)))
+        found += [f"{_stack(block)}.{n}" if _stack(block) else n for n in numbers]
+    return found
+
+
+def read_block(path, layer, dtype=None) -> tuple[MoeConfig, dict[str, np.ndarray]]:
+    """(config, arrays by the names of MoeLayer.from_weights) of one MoE layer of a checkpoint.
+
+    Tensors that are stored as they are used are mapped from the file, others are gathered once. dtype: one of
+    config.DTYPES; None: bfloat16 if the checkpoint's is, else float32. Raises CheckpointError.
+    """
+    if dtype is not None:
+        choice("dtype", dtype, DTYPES)
+    checkpoint = Checkpoint(path)
+    family, values = _family(checkpoint)
+    if family.check:
+        family.check(values)
+    block = _find_block(checkpoint, family, layer)
+    reader = _Reader(checkpoint, block)
+    stored = _find_stored(reader, family)
+    down = reader.tensor(stored.down.format(e=0))
+    if dtype is None:
+        dtype = "bfloat16" if down.dtype == FORMATS["bfloat16"].values else "float32"
+
+    def value(key):
+        found = key.read(values) if isinstance(key, Key) else key(values) if callable(key) else key
+        return found[layer] if isinstance(found, list) and isinstance(layer, int) else found
+
+    fields = {"capacity_factor": None} | {name: value(key) for name, key in family.routing.items()}
+    fields |= {
+        "num_experts": value(family.num_experts),
+        "top_k": value(family.top_k),
+        "input_dim": value(family.input_dim),
+        "hidden_dim": value(family.hidden_dim),
+        "activation": activation_of(family, values),
+        "bias": stored.up_bias is not None,
+        "dtype": dtype,
+        "transposed": stored.transposed,
+        "interleaved": stored.interleaved,
+        "router_bias": family.router_bias is not None,
+        "selection_bias": family.selection_bias is not None and bool(value(family.biased)),
+        "shared_gate": family.shared_gate is not None,
+    }
+    if family.shared is not None and value(family.num_shared):
+        fields["shared_hidden_dim"] = reader.tensor(family.shared.down).shape[-1]
+    try:
+        config = MoeConfig(**fields)
+    except (MoeValueError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint.path / 'config.json'}: {error}") from None
+    arrays = _router_arrays(reader, family, config) | _expert_arrays(reader, stored, config)
+    if config.shared_hidden_dim:
+        arrays |= _shared_arrays(reader, family, config)
+    reader.check_all_used()
+    return config, arrays
+
+
+def _family(checkpoint):
+    """The family of a checkpoint, and the part of its config that describes the language model."""
+    values = checkpoint.config
+    known = values.get("model_type")
+    text = values.get("text_config")
+    if isinstance(text, dict) and text.get("model_type", known) in FAMILIES:
+        return FAMILIES[text.get("model_type", known)], values | text
+    if not isinstance(known, str) or known not in FAMILIES:
+        names = ", ".join(sorted(FAMILIES))
+        raise CheckpointError(f"{checkpoint.path / 'config.json'}: model_type is {known!r}, but must be one of {names}")
+    return FAMILIES[known], values
+
+
+def _stack(block):
+    """Which of several stacks of layers a block is in: "encoder", "decoder", or "" where there is one."""
+    first = block.split(".")[0]
+    return first if first in ("encoder", "decoder") else ""
+
+
+def _find_block(checkpoint, family, layer):
+    """The beginning of the names of a layer's tensors."""
+    for block in family.blocks:
+        number = str(layer)
+        if _stack(block):
+            stack, _, number = number.partition(".")
+            if stack != _stack(block):
+                continue
+        name = block.format(layer=number)
+        if f"{name}.{family.router}" in checkpoint:
+            return name
+    layers = list_moe_layers(checkpoint.path)
+    raise CheckpointError(f"{checkpoint.path}: layer {layer!r} is no Mixture of Experts; those are {layers}")
+
+
+def _find_stored(reader, family):
+    for stored in family.experts:
+        if reader.has(stored.up.format(e=0)):
+            return stored
+    raise CheckpointError(f"{reader.path}: has no tensor {reader.full(family.experts[0].up.format(e=0))}")
+
+
+class _Reader:
+    """Tensors of one block by the names of the family's table."""
+
+    def __init__(self, checkpoint, block):
+        self.path = checkpoint.path
+        self._checkpoint = checkpoint
+        self._block = block
+        self._used = set()
+
+    def full(self, name):
+        """The name in the checkpoint. A name that begins with / is beside the block."""
+        return self._block.rpartition(".")[0] + "." + name[1:] if name.startswith("/") else f"{self._block}.{name}"
+
+    def has(self, name):
+        return self.full(name) in self._checkpoint
+
+    def tensor(self, name, shape=None):
+        """The tensor, mapped from its file. Raises CheckpointError if it is missing or has another shape."""
+        name = self.full(name)
+        if name not in self._checkpoint:
+            raise CheckpointError(f"{self.path}: has no tensor {name}")
+        self._used.add(name)
+        array = self._checkpoint.tensor(name)
+        if shape is not None and array.shape != shape:
+            raise CheckpointError(f"{self.path}: tensor {name} has shape {array.shape}, but must have {shape}")
+        return array
+
+    def check_all_used(self):
+        """Tensors that nobody asked for would change what the block computes."""
+        for name in self._checkpoint:
+            if name.startswith(f"{self._block}.") and name not in self._used:
+                raise CheckpointError(f"{self.path}: tensor {name} is not known for this model_type")
+
+
+def _vector(reader, name, size):
+    """(size,) float32; a leading axis of one is left out."""
+    tensor = reader.tensor(name)
+    if tensor.shape not in ((size,), (1, size)):
+        raise CheckpointError(
+            f"{reader.path}: tensor {reader.full(name)} has shape {tensor.shape}, but must have ({size},)"
+        )
+    return np.array(tensor, np.float32).reshape(size)
+
+
+def _router_arrays(reader, family, config):
+    logits = config.num_experts + config.num_identity_experts
+    arrays = {"router_weight": np.array(reader.tensor(family.router, (logits, config.input_dim)), np.float32)}
+    if config.router_bias:
+        arrays["router_bias"] = _vector(reader, family.router_bias, logits)
+    if config.selection_bias:
+        arrays["e_score_correction_bias"] = _vector(reader, family.selection_bias, logits)
+    return arrays
+
+
+def _names(config):
+    gated = ACTIVATIONS[config.activation].gated
+    return ("gate_up" if gated else "up"), config.hidden_dim * (2 if gated else 1)
+
+
+def _expert_arrays(reader, stored, config):
+    """up, down and their biases, in the layout of the config."""
+    experts, h, f = config.num_experts, config.input_dim, config.hidden_dim
+    up_name, rows = _names(config)
+    dtype = FORMATS[config.dtype].values
+    up_shape, down_shape = (rows, h), (h, f)
+    if config.transposed:
+        up_shape, down_shape = up_shape[::-1], down_shape[::-1]
+    if "{e}" in stored.up:
+        arrays = _gather(reader, stored, experts, up_shape, down_shape, dtype)
+    else:
+        arrays = [
+            _as_dtype(reader.tensor(name, (experts, *shape)), dtype)
+            for name, shape in ((stored.up, up_shape), (stored.down, down_shape))
+        ]
+    arrays = {f"{up_name}_proj": arrays[0], "down_proj": arrays[1]}
+    if config.bias:
+        arrays[f"{up_name}_bias"] = np.array(reader.tensor(stored.up_bias, (experts, rows)), np.float32)
+        arrays["down_bias"] = np.array(reader.tensor(stored.down_bias, (experts, h)), np.float32)
+    return arrays
+
+
+def _gather(reader, stored, experts, up_shape, down_shape, dtype):
+    """[up (E, F or 2F, H), down (E, H, F)] from a tensor for each expert, without a second copy of any two."""
+    up, down = (aligned_empty((experts, *shape), dtype) for shape in (up_shape, down_shape))
+    for e in range(experts):
+        _copy_expert(reader, stored, e, up[e], down[e])
+    return [up, down]
+
+
+def _copy_expert(reader, stored, e, up, down):
+    rows, width = up.shape
+    first = 0
+    names = [stored.up] if stored.gate is None else [stored.gate, stored.up]
+    for name in names:
+        n = rows // len(names)
+        up[first : first + n] = reader.tensor(name.format(e=e), (n, width))
+        first += n
+    down[...] = reader.tensor(stored.down.format(e=e), down.shape)
+
+
+def _as_dtype(tensor, dtype):
+    """The mapped tensor itself, or a copy in another dtype."""
+    if tensor.dtype == dtype:
+        return tensor
+    copy = aligned_empty(tensor.shape, dtype)
+    for target, source in zip(copy, tensor, strict=True):
+        target[...] = source
+    return copy
+
+
+def _shared_arrays(reader, family, config):
+    up_name, rows = _names(config)
+    rows = rows // config.hidden_dim * config.shared_hidden_dim
+    dtype = FORMATS[config.dtype].values
+    up = aligned_empty((rows, config.input_dim), dtype)
+    down = aligned_empty((config.input_dim, config.shared_hidden_dim), dtype)
+    _copy_expert(reader, family.shared, 0, up, down)
+    arrays = {f"shared_{up_name}_proj": up, "shared_down_proj": down}
+    if config.shared_gate:
+        gate = reader.tensor(family.shared_gate, (1, config.input_dim))
+        arrays["shared_gate_weight"] = np.array(gate, np.float32)
+    return arrays

@@ -1,0 +1,222 @@
+"""Every family's block from its checkpoint against the block of Hugging Face transformers itself."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the models of the families are built with torch: pip install torch")
+transformers = pytest.importorskip("transformers", reason="pip install transformers, after torch")
+
+from helpers import random_array  # noqa: E402
+
+from moe_numba import MoeLayer, list_moe_layers  # noqa: E402
+from moe_numba.families import FAMILIES  # noqa: E402
+
+SIZES = {
+    "vocab_size": 64,
+    "pad_token_id": 0,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+FEW = {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}
+LOCAL = {"num_local_experts": 6, "num_experts_per_tok": 2}
+ROUTED = {"moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 3}
+GROUPS = {**ROUTED, "n_shared_experts": 2, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
+ONE_DENSE = {"first_k_dense_replace": 1}
+LINEAR = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "shared_expert_intermediate_size": 40,
+}
+#: What to build: (model_type, arguments of its config).
+MODELS = {
+    "mixtral": LOCAL,
+    "minimax": LOCAL,
+    "minimax_m2": LOCAL,
+    "phimoe": LOCAL,
+    "qwen2_moe": {**FEW, "shared_expert_intermediate_size": 40, "norm_topk_prob": False},
+    "qwen3_moe": {**FEW, "norm_topk_prob": True},
+    "qwen3_next": {**FEW, **LINEAR},
+    "qwen3_5_moe_text": {**FEW, **LINEAR},
+    "olmoe": FEW,
+    "flex_olmo": FEW,
+    "mellum": FEW,
+    "deepseek_v2": {**GROUPS, **LATENT, **ONE_DENSE, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**GROUPS, **LATENT, **ONE_DENSE},
+    "glm4_moe": {**ROUTED, **ONE_DENSE, "n_shared_experts": 1, "routed_scaling_factor": 1.5},
+    "glm4_moe_lite": {**GROUPS, **LATENT, **ONE_DENSE},
+    "glm_moe_dsa": {**GROUPS, **LATENT, **ONE_DENSE},
+    "dots1": {**ROUTED, **ONE_DENSE, "n_shared_experts": 2, "norm_topk_prob": True},
+    "solar_open": {**ROUTED, "n_shared_experts": 1},
+    "exaone_moe": {**FEW, **ONE_DENSE, "num_shared_experts": 1},
+    "mimo_v2_flash": ROUTED,
+    "nemotron_h": {
+        **ROUTED,
+        "n_shared_experts": 1,
+        "moe_shared_expert_intermediate_size": 40,
+        "layers_block_type": ["attention", "moe"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+    },
+    "deepseek_v4": {**ROUTED, "n_shared_experts": 1, "mlp_layer_types": ["moe", "moe"]},
+    "longcat_flash": {
+        **GROUPS,
+        **LATENT,
+        "zero_expert_num": 2,
+        "moe_topk": 3,
+        "expert_ffn_hidden_size": 24,
+        "ffn_hidden_size": 48,
+        "num_layers": 1,
+    },
+    "gpt_oss": LOCAL,
+    "minimax_m3_vl_text": {**LOCAL, "shared_intermediate_size": 40},
+    "granitemoe": LOCAL,
+    "granitemoeshared": {**LOCAL, "shared_intermediate_size": 40},
+    "jamba": {
+        **{**FEW, "expert_layer_offset": 1, "expert_layer_period": 2},
+        **{"attn_layer_period": 1, "attn_layer_offset": 0, "use_mamba_kernels": False},
+    },
+    "llama4_text": {**LOCAL, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 48},
+    "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 2},
+    "ernie4_5_moe": {
+        **{"moe_intermediate_size": 24, "moe_num_experts": 6, "moe_k": 2},
+        **{"moe_num_shared_experts": 2, "moe_layer_start_index": 1},
+    },
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "hy_v3": {**FEW, "num_shared_experts": 1},
+    "lfm2_moe": {**FEW, "num_dense_layers": 1, "layer_types": ["full_attention"] * 2},
+    "afmoe": {**FEW, "num_shared_experts": 1, "num_dense_layers": 1},
+    "laguna": {**FEW, "shared_expert_intermediate_size": 40, "moe_router_logit_softcapping": 2.0},
+    "cohere2_moe": {**FEW, "num_shared_experts": 1, "shared_expert_combination_strategy": "sum"},
+    "switch_transformers": {
+        **{"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4},
+        **{"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "expert_capacity": 9},
+    },
+}
+TOKENS = 60
+
+
+def build(model_type, dtype="float32"):
+    """A model of which every parameter and buffer that a checkpoint holds is random."""
+    sizes = {"vocab_size": 64} if model_type == "switch_transformers" else SIZES
+    config = transformers.AutoConfig.for_model(model_type, **{**sizes, **MODELS[model_type]})
+    classes = transformers.AutoModelForCausalLM
+    if model_type == "switch_transformers":
+        classes = transformers.AutoModelForSeq2SeqLM
+    torch.manual_seed(0)
+    model = classes.from_config(config).eval()
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if value.is_floating_point() and "inv_freq" not in name:
+                value.normal_(0, 0.2)
+    return model.to(getattr(torch, dtype))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Model and directory of each (model type, dtype), built once."""
+    known = {}
+
+    def get(model_type, dtype="float32"):
+        if (model_type, dtype) not in known:
+            model, path = build(model_type, dtype), tmp_path_factory.mktemp(model_type)
+            model.save_pretrained(path, max_shard_size="20KB")
+            known[model_type, dtype] = model, path
+        return known[model_type, dtype]
+
+    return get
+
+
+def own_block(model, layer):
+    """The modules whose outputs add up to the block."""
+    modules = dict(model.named_modules())
+    stack, _, number = str(layer).rpartition(".")
+    for name, module in modules.items():
+        in_layer = re.fullmatch(rf"{stack or '.*'}.*(layers|block)\.{number}(\.layer\.\d)?\.\w+", name)
+        if in_layer and hasattr(module, "experts"):
+            beside = modules.get(f"{name.rpartition('.')[0]}.shared_mlp")
+            return [module, *([beside] if beside is not None else [])]
+    raise AssertionError(f"no block {layer}")
+
+
+def own_forward(model, layer, x):
+    """(output (T, H) float32, chosen experts (T, K) or None) of transformers' own block."""
+    block, *beside = own_block(model, layer)
+    chosen = []
+    hook = block.experts.register_forward_pre_hook(
+        lambda module, args, kwargs: chosen.extend(
+            a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor) and not a.is_floating_point()
+        ),
+        with_kwargs=True,
+    )
+    x = torch.from_numpy(x)[None].to(next(block.parameters()).dtype)
+    with torch.no_grad():
+        outputs = [module(x) for module in (block, *beside)]
+    hook.remove()
+    y = sum(o[0] if isinstance(o, tuple) else o for o in outputs)
+    return y.reshape(x.shape[1:]).float().numpy(), (chosen[0].numpy() if chosen else None)
+
+
+def assert_same_experts(ours, theirs):
+    """As sets: the order of equal weights is not defined there."""
+    np.testing.assert_array_equal(np.sort(ours, axis=1), np.sort(theirs, axis=1))
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_float32(built, rng, model_type):
+    model, path = built(model_type)
+    layers = list_moe_layers(path)
+    assert layers
+    for number in layers:
+        layer = MoeLayer.from_pretrained(path, number)
+        assert layer.config.dtype == "float32"
+        x = random_array(rng, TOKENS, 32)
+        expected, chosen = own_forward(model, number, x)
+        y, routing = layer(x)
+        np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        if chosen is not None and chosen.ndim == 2:
+            assert_same_experts(routing.expert_indices, chosen)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_bfloat16(built, rng, model_type):
+    model, path = built(model_type, "bfloat16")
+    number = list_moe_layers(path)[-1]
+    layer = MoeLayer.from_pretrained(path, number)
+    assert layer.config.dtype == "bfloat16"
+    x = random_array(rng, TOKENS, 32)
+    x = torch.from_numpy(x).to(torch.bfloat16).float().numpy()
+    expected, _ = own_forward(model, number, x)
+    y, _ = layer(x)
+    # Their logits are rounded to bfloat16, so a few tokens choose other experts.
+    error = np.abs(y - expected).max(axis=1) / np.abs(expected).max()
+    assert np.median(error) < 2**-7
+    assert np.mean(error < 2**-5) > 0.8
+
+
+def test_every_family_is_compared():
+    """Those that need a model for images besides are compared through the model for text that they share."""
+    text = {"llama4", "qwen3_5_moe", "minimax_m3_vl"}
+    elsewhere = {"granitemoehybrid", "glm4v_moe", "glm4v_moe_text", "qwen3_vl_moe", "qwen3_vl_moe_text"}
+    assert set(FAMILIES) - text - elsewhere == set(MODELS)
+
+
+def test_a_config_for_text_within_another(built, rng, tmp_path):
+    model, path = built("llama4_text")
+    for file in path.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((path / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama4", "text_config": config}))
+    x = random_array(rng, 5, 32)
+    expected, _ = own_forward(model, 1, x)
+    np.testing.assert_allclose(MoeLayer.from_pretrained(tmp_path, 1)(x)[0], expected, rtol=1e-4, atol=1e-5)
