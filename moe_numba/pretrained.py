@@ -149,6 +149,10 @@ class _Reader:
             raise CheckpointError(f"{self.path}: tensor {name} has shape {array.shape}, but must have {shape}")
         return array
 
+    def leave(self, name):
+        """Say of a tensor that it may be there though nothing reads it."""
+        self._used.add(self.full(name))
+
     def check_all_used(self):
         """Tensors that nobody asked for would change what the block computes."""
         for name in self._checkpoint:
@@ -191,6 +195,7 @@ def _expert_arrays(reader, stored, config):
         up_shape, down_shape = up_shape[::-1], down_shape[::-1]
     if "{e}" in stored.up:
         arrays = _gather(reader, stored, experts, up_shape, down_shape, dtype)
+        _leave_identity_experts(reader, stored, config)
     else:
         arrays = [
             _as_dtype(reader.tensor(name, (experts, *shape)), dtype)
@@ -209,6 +214,14 @@ def _gather(reader, stored, experts, up_shape, down_shape, dtype):
     for e in range(experts):
         _copy_expert(reader, stored, e, up[e], down[e])
     return [up, down]
+
+
+def _leave_identity_experts(reader, stored, config):
+    """transformers writes first projections of identity experts too (LongCat)."""
+    for e in range(config.num_experts, config.num_experts + config.num_identity_experts):
+        for name in (stored.gate, stored.up):
+            if name is not None:
+                reader.leave(name.format(e=e))
 
 
 def _copy_expert(reader, stored, e, up, down):
