@@ -14,6 +14,8 @@ from helpers import random_array  # noqa: E402
 from moe_numba import MoeLayer, list_moe_layers  # noqa: E402
 from moe_numba.families import FAMILIES  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of torch and transformers
+
 SIZES = {
     "vocab_size": 64,
     "pad_token_id": 0,
@@ -24,7 +26,14 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 8,
 }
-LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
 FEW = {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}
 LOCAL = {"num_local_experts": 6, "num_experts_per_tok": 2}
 ROUTED = {"moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 3}

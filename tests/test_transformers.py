@@ -4,17 +4,19 @@ import copy
 import io
 import logging
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="the plug-in is for torch: pip install torch")
 transformers = pytest.importorskip("transformers", reason="pip install transformers, after torch")
 
+from helpers import run_python  # noqa: E402
 from test_families import build  # noqa: E402
 
 from moe_numba.integrations import transformers as plugin  # noqa: E402
 
 plugin.register()
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of torch and transformers
 
 #: Models whose experts differ: plain, shared beside, groups, transposed with biases, clamped gates, no gate.
 MODEL_TYPES = [
@@ -36,6 +38,11 @@ MODEL_TYPES = [
 def warnings_again(caplog):
     plugin._said.clear()
     caplog.set_level(logging.WARNING)
+
+
+def said(caplog):
+    """What the plug-in said; transformers has things to say about the small models too."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("moe_numba")]
 
 
 def model_of(model_type, dtype="float32", implementation="moe_numba"):
@@ -77,7 +84,7 @@ def test_experts(caplog, model_type, dtype):
         assert ours.dtype == eager.dtype == args[0].dtype
         tolerance = 1e-5 if dtype == "float32" else 2**-6
         assert (ours - eager).abs().max() <= tolerance * eager.abs().max()
-    assert not caplog.records
+    assert not said(caplog)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES[:5])
@@ -97,9 +104,7 @@ def test_generates_the_same_tokens(model_type):
 def test_from_pretrained_knows_the_name(tmp_path):
     build("olmoe").save_pretrained(tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="moe_numba")
-    assert model.get_experts_implementation() == {"": "moe_numba"} or "moe_numba" in str(
-        model.get_experts_implementation()
-    )
+    assert "moe_numba" in str(model.get_experts_implementation())
     with torch.no_grad():
         logits = model(torch.arange(1, 9)[None]).logits
         model.set_experts_implementation("eager")
@@ -151,7 +156,7 @@ def assert_falls_back(caplog, module, args, reason):
     module.config._experts_implementation = "moe_numba"
     for _ in range(3):
         result = module(*args)
-    messages = [record.getMessage() for record in caplog.records]
+    messages = said(caplog)
     assert len(messages) == 1
     assert reason in messages[0]
     module.config._experts_implementation = "grouped_mm"
@@ -196,7 +201,7 @@ def test_activations_are_recognised(caplog, activation):
     module.act_fn = transformers.activations.ACT2FN[activation]
     ours, eager = both(module, *call(module))
     assert (ours - eager).abs().max() <= 1e-5 * eager.abs().max()
-    assert not caplog.records
+    assert not said(caplog)
 
 
 def test_experts_of_other_processes_add_nothing():
@@ -229,8 +234,5 @@ def test_results_do_not_depend_on_the_batch():
 
 
 def test_importing_the_package_does_not_import_torch():
-    from helpers import run_python
-
     printed, _ = run_python("import sys, moe_numba; print('torch' in sys.modules)")
     assert printed.strip() == "False"
-    assert np.__version__
