@@ -23,6 +23,7 @@ from ._warmup import warmup
 from .batch import run
 from .errors import MoeError
 from .layer import MoeLayer
+from .pretrained import list_moe_layers
 from .simd import target
 from .simd.tile import TILE_COLUMNS, TILE_ROWS
 from .threads import get_num_threads, set_num_threads
@@ -85,7 +86,12 @@ def _parser():
         "trained to remove noise from images of handwritten digits, and 1797 such images, which ship in the package.",
     )
     command.set_defaults(command=_run)
-    command.add_argument("--layer", metavar="FILE", help="layer saved by MoeLayer.save (.safetensors)")
+    command.add_argument(
+        "--layer",
+        metavar="FILE",
+        help="layer saved by MoeLayer.save (.safetensors); with --checkpoint the number of a layer",
+    )
+    command.add_argument("--checkpoint", metavar="DIR", help="model in Hugging Face format, of which to run one layer")
     command.add_argument("--input", metavar="FILE", help="tokens of shape (..., input_dim), .npy or .safetensors")
     command.add_argument("--output", metavar="FILE", help="where to write the layer's output (.npy)")
     command.add_argument("--batch-size", metavar="N", type=int, default=4096, help="tokens per batch (4096)")
@@ -105,7 +111,6 @@ def _parser():
 
 
 def _run(options):
-    layer_file = DATA / "digits_layer.safetensors" if options.layer is None else options.layer
     input_file = DATA / "digits.npy" if options.input is None else options.input
     if options.output is not None and not options.output.endswith(".npy"):
         raise MoeError(f"--output was {options.output!r}, but must end in .npy")
@@ -114,12 +119,12 @@ def _run(options):
             set_num_threads(options.threads)
         except MoeError as error:
             raise MoeError(f"--threads: {error}") from None
-    layer = MoeLayer.load(layer_file)
+    layer, layer_name = _load_layer(options)
     with _progress_bar() as bar:
         report = run(layer, input_file, options.output, options.batch_size, functools.partial(_advance, bar))
     config = layer.config
     facts = {
-        "layer": str(layer_file) if options.layer is not None else "trained denoiser for digits (ships in the package)",
+        "layer": layer_name,
         "input": str(input_file)
         if options.input is not None
         else "1797 handwritten digits, 8 x 8 pixels, UCI (ship in the package)",
@@ -144,6 +149,23 @@ def _run(options):
 def _advance(bar, done, total):
     bar.total = total
     bar.update(done - bar.n)
+
+
+def _load_layer(options):
+    """The layer to run, and what to call it."""
+    if options.checkpoint is None:
+        if options.layer is not None:
+            return MoeLayer.load(options.layer), options.layer
+        return MoeLayer.load(DATA / "digits_layer.safetensors"), "trained denoiser for digits (ships in the package)"
+    if options.input is None:
+        raise MoeError("--input was left out, but must be given with --checkpoint")
+    layers = list_moe_layers(options.checkpoint)
+    if options.layer not in map(str, layers):
+        was = "left out" if options.layer is None else repr(options.layer)
+        known = ", ".join(map(str, layers)) or "none"
+        raise MoeError(f"--layer was {was}, but must be a Mixture-of-Experts layer of the checkpoint: {known}")
+    number = int(options.layer) if options.layer.isdecimal() else options.layer
+    return MoeLayer.from_pretrained(options.checkpoint, number), f"layer {options.layer} of {options.checkpoint}"
 
 
 def _progress_bar():

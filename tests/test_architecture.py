@@ -16,7 +16,7 @@ FLOORS = [
     ["__main__"],
     ["cli"],
     ["batch", "data"],
-    ["_warmup"],
+    ["_warmup", "integrations"],
     ["__init__"],
     ["layer"],
     ["pretrained"],
@@ -40,6 +40,7 @@ LEVEL = {room: len(FLOORS) - i for i, rooms in enumerate(FLOORS) for room in roo
 WITHIN = {
     "simd": ["target", "vector", "tile", "outer", "math", "atomic"],
     "kernels": ["activations", "projection", "plan", "scoring", "routing", "experts"],
+    "integrations": ["__init__", "transformers"],
     "formats": ["format", "float32", "bfloat16", "__init__"],
 }
 
@@ -192,7 +193,7 @@ def test_public_names_are_documented(name):
 def test_every_module_has_a_test():
     tests = {path.stem for path in Path(__file__).parent.glob("test_*.py")}
     #: Tested through the modules that use them.
-    elsewhere = {"_check", "_files", "_tokens", "_version", "_warmup", "__init__", "__main__"}
+    elsewhere = {"_check", "_files", "_tokens", "_version", "_warmup", "__init__", "__main__", "pretrained"}
     for path in SOURCES:
         if path.parent == PACKAGE and path.stem not in elsewhere:
             assert f"test_{path.stem.strip('_')}" in tests, path.stem
