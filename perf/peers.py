@@ -25,6 +25,10 @@ if "NUMBA_NUM_THREADS" in os.environ:
     for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, os.environ["NUMBA_NUM_THREADS"])
 
+# A neighbour of this file has the name of a library, and Python looks beside the script first.
+if __name__ == "__main__":
+    sys.path.append(sys.path.pop(0))
+
 import numpy as np
 
 # First of our own: it makes moe_numba that of this checkout.
