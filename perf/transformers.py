@@ -189,7 +189,8 @@ def show(rows, options):
         lines.append((row["dtype"], row["phase"], *times, row["implementation"]))
     print("\n".join(table(lines)))
     print(
-        f"\nprefill: {options.prompt} tokens; decode: a token, of {options.new_tokens}. Medians of {options.rounds} rounds."
+        f"\nprefill: {options.prompt} tokens; decode: a token, of {options.new_tokens}."
+        f" Medians of {options.rounds} rounds."
     )
 
 
