@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _check
+from ._engines import Sizes, engine_for
 from ._init import expert_weights
 from ._workspace import LEAST_CHUNK, chunk_tokens, take_workspace
 from .config import ACTIVATIONS, MoeConfig
 from .formats import FORMATS
 from .kernels.activations import CLAMPED_SILU, CODES
-from .kernels.experts import Form, Weights, experts_forward
+from .kernels.experts import Form, Weights
 from .plan import DispatchPlan
-from .simd.tile import operand_dtype
 from .threads import threads_for, twin
 
 _NO_BIAS = _check.read_only(np.empty((0, 0), np.float32))
@@ -81,7 +81,8 @@ class Experts(Sequence):
         storage = self._format.storage
         up, down = (w if w.dtype == storage else w.view(storage) for w in (self.up, self.down))
         up, down = map(_check.read_only, (up, down))
-        self._operand = operand_dtype(storage)
+        #: The Engine that computes them.
+        self.engine = engine_for(storage, bool(transposed))
         self._weights = Weights(up, up_bias, down, down_bias)
         self._form = _form(activation, bool(interleaved), swiglu_limit, swiglu_alpha, swiglu_beta)
         self._transposed = True if transposed else None
@@ -147,7 +148,7 @@ class Experts(Sequence):
         if k == 0:
             return np.zeros((tokens, self.input_dim), np.float32)
         y = np.empty((tokens, self.input_dim), np.float32)
-        if tokens <= LEAST_CHUNK or tokens <= (step := chunk_tokens(k, self.input_dim, self.hidden_dim)):
+        if tokens <= LEAST_CHUNK or tokens <= (step := self._chunk_tokens(k)):
             self._forward_chunk(x, indices, weights, used, skip_invalid, y)
             return y
         for first in range(0, tokens, step):
@@ -157,14 +158,19 @@ class Experts(Sequence):
 
     def _forward_chunk(self, x, indices, weights, used, skip_invalid, y):
         tokens, k = indices.shape
-        plan = DispatchPlan(indices, used, self.num_experts)
+        engine = self.engine
+        plan = DispatchPlan(indices, used, self.num_experts, engine)
         if plan.num_invalid and not skip_invalid:
             bad = indices[(indices < 0) | (indices >= self.num_experts)][0]
             _check.fail("topk_ids", f"an array with the value {bad}", f"from 0 to {self.num_experts - 1}")
         threads = threads_for(plan.num_rows * self.hidden_dim * self.input_dim * (3 if self.gated else 2))
-        space = take_workspace(tokens, tokens * k, self.input_dim, self.hidden_dim, threads, self._operand)
-        kernel = twin(experts_forward, threads)
+        sizes = Sizes(tokens, tokens * k, self.num_experts, self.input_dim, self.hidden_dim, threads)
+        space = take_workspace(engine, sizes)
+        kernel = twin(engine.kernel, threads)
         kernel(_check.read_only(x), self._weights, self._form, self._transposed, plan.rows, weights, used, space, y)
+
+    def _chunk_tokens(self, k):
+        return chunk_tokens(self.engine, k, self.num_experts, self.input_dim, self.hidden_dim)
 
 
 @lru_cache  # 1 us of a call of fused_experts

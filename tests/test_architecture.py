@@ -26,6 +26,7 @@ FLOORS = [
     ["experts"],
     ["plan", "_init", "_files", "_tokens"],
     ["_workspace"],
+    ["_engines"],
     ["kernels"],
     ["simd"],
     ["formats", "_jit", "threads"],
@@ -38,8 +39,8 @@ LEVEL = {room: len(FLOORS) - i for i, rooms in enumerate(FLOORS) for room in roo
 
 #: Within a package of several files.
 WITHIN = {
-    "simd": ["target", "vector", "tile", "outer", "math", "atomic"],
-    "kernels": ["activations", "projection", "plan", "scoring", "routing", "experts"],
+    "simd": ["target", "vector", "tile", "outer", "amx", "math", "atomic"],
+    "kernels": ["activations", "projection", "plan", "scoring", "routing", "experts", "amx"],
     "integrations": ["__init__", "transformers"],
     "formats": ["format", "float32", "bfloat16", "__init__"],
 }

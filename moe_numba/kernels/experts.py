@@ -10,15 +10,11 @@ from ..simd.atomic import take_next
 from ..simd.target import LANES
 from ..simd.vector import element, even_lanes, fma, load, odd_lanes, offset, pointer, splat, store, store_operand
 from .activations import activate, gated
+from .plan import columns_per_piece, most_rows, piece
 from .projection import CONSECUTIVE, ROW_BLOCK, project, project_transposed
 
 #: Output columns per piece of work are a multiple of this, itself one of the tile's columns and of LANES.
 COLUMN_BLOCK = 48
-#: Output columns per piece of work at most. With a row or two per expert pieces of 384 columns were read
-#: from memory 5 % faster than those of 96: the processor fetches a long stream ahead.
-MOST_COLUMNS = 384
-#: Pieces of work per thread at least, so that threads end at about the same time.
-PIECES = 8
 #: The same of transposed weights, whose tiles are wider.
 TRANSPOSED_BLOCK = 2 * COLUMN_BLOCK
 #: float32 scratch of one thread: gate and up of one piece of work.
@@ -46,15 +42,6 @@ class Weights(NamedTuple):
     up_bias: np.ndarray  #: (E, F), (E, 2F) or (0, 0)
     down: np.ndarray  #: (E, H, F); transposed (E, F, H)
     down_bias: np.ndarray  #: (E, H) or (0, 0)
-
-
-class Rows(NamedTuple):
-    """Rows sorted by expert, as `plan_rows` lays them out."""
-
-    row_token: np.ndarray  #: (at least R,) int64
-    slot_row: np.ndarray  #: (at least T, K) int64
-    blocks: np.ndarray  #: (at least n_blocks, 3) int64: expert, first row, end row
-    n_blocks: int
 
 
 class Workspace(NamedTuple):
@@ -101,7 +88,7 @@ def experts_forward(x, weights, form, transposed, rows, topk_weights, used, spac
         _down_projection(weights, transposed, rows, space)
     for block in prange((tokens + COMBINE_BLOCK - 1) // COMBINE_BLOCK):
         first = np.int64(block) * COMBINE_BLOCK
-        _combine(first, min(first + COMBINE_BLOCK, tokens), rows, topk_weights, used, space, y)
+        combine(first, min(first + COMBINE_BLOCK, tokens), rows, topk_weights, used, space, y)
 
 
 @helper
@@ -118,24 +105,11 @@ def _encode(x, first, end, weights, space):
             store_operand(load(token, i, n), row, i, n, like)
 
 
-@helper
-def _columns_per_piece(rows, width, threads, transposed):
-    """Columns of a piece of work over `width` columns: as many as scratch holds, but enough pieces."""
-    most_rows = 1
-    for block in range(rows.n_blocks):
-        most_rows = max(most_rows, rows.blocks[block, 2] - rows.blocks[block, 1])
-    unit = COLUMN_BLOCK if transposed is None else TRANSPOSED_BLOCK
-    held = min(MOST_COLUMNS, ROW_BLOCK * unit // most_rows)
-    fair = rows.n_blocks * width // (PIECES * threads)
-    return max(1, min(held, fair) // unit) * unit
-
-
 @inline
-def _piece(rows, item, column_blocks, column_block):
-    """Expert, first row, end row and first column of a piece of work."""
-    block = item // column_blocks
-    expert, first, end = rows.blocks[block, 0], rows.blocks[block, 1], rows.blocks[block, 2]
-    return expert, first, end, item % column_blocks * column_block
+def _columns_per_piece(rows, width, threads, transposed):
+    """Columns of a piece of work over `width` columns, whose sums scratch holds."""
+    unit = COLUMN_BLOCK if transposed is None else TRANSPOSED_BLOCK
+    return columns_per_piece(rows, width, threads, ROW_BLOCK * unit // most_rows(rows), unit)
 
 
 @helper
@@ -184,8 +158,8 @@ def _up_projection(weights, form, transposed, rows, space, worker):
     while next_item < items:
         item = next_item
         next_item = take_next(pointer(space.counters, 0), 0)
-        expert, first, end, column = _piece(rows, item, column_blocks, column_block)
-        next_expert, _, _, next_column = _piece(rows, min(next_item, items - 1), column_blocks, column_block)
+        expert, first, end, _, column = piece(rows, item, column_blocks, column_block)
+        next_expert, _, _, _, next_column = piece(rows, min(next_item, items - 1), column_blocks, column_block)
         columns = min(column_block, hidden_dim - column)
         for p in range(projections // run):
             last = (p + 1) * run == projections
@@ -258,8 +232,8 @@ def _down_projection(weights, transposed, rows, space):
     while next_item < items:
         item = next_item
         next_item = take_next(pointer(space.counters, 1), 0)
-        expert, first, end, column = _piece(rows, item, column_blocks, column_block)
-        next_expert, _, _, next_column = _piece(rows, min(next_item, items - 1), column_blocks, column_block)
+        expert, first, end, _, column = piece(rows, item, column_blocks, column_block)
+        next_expert, _, _, _, next_column = piece(rows, min(next_item, items - 1), column_blocks, column_block)
         columns = min(column_block, output_dim - column)
         _project(
             pointer(space.hidden, first * hidden_stride),
@@ -286,7 +260,7 @@ def _down_projection(weights, transposed, rows, space):
 
 
 @helper
-def _combine(first, end, rows, topk_weights, used, space, y):
+def combine(first, end, rows, topk_weights, used, space, y):
     """y[t] = sum of the outputs of t's rows by weight, in order of the slots."""
     output_dim = y.shape[1]
     output = pointer(space.output, 0)

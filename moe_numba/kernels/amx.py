@@ -1,0 +1,321 @@
+"""The experts' forward on a matrix unit (simd/amx.py): bfloat16 weights as stored, [out, in].
+
+The same steps as experts.py, with another unit of work: 2 strips of 16 weight rows times groups of 16 tokens
+(rows of one expert). The loop over K is in `_tile`. A product has weights on the left, so a group's values lie side
+by side, and hidden values are already in the order in which the second projection wants them.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import prange
+
+from .._jit import helper, inline, kernel
+from ..simd.amx import (
+    CONFIGURATIONS,
+    DEPTH,
+    PACKED_TILE,
+    SUMS,
+    TILE,
+    begin_sums,
+    configure_tiles,
+    copy_shorts,
+    multiply_step,
+    pack_pairs,
+    release_tiles,
+    store_pairs,
+    store_sums,
+    store_tokens,
+)
+from ..simd.atomic import take_next
+from ..simd.tile import prefetch
+from ..simd.vector import load, offset, pointer, splat
+from .activations import activate, gated
+from .experts import COMBINE_BLOCK, combine
+from .plan import columns_per_piece, most_rows, piece
+
+#: Rows that share one pass over the weights: with 512, Mixtral reads them once for 2,048 tokens.
+ROW_BLOCK = 512
+#: Rows up to which weights pass once, whole rows at a time: the time is the memory's.
+FEW_ROWS = 64
+#: Values along K of more rows at a time: 2 groups of tokens are then 32 KiB of a first-level cache of 48 KiB, while
+#: weights come from the second.
+DEPTH_BLOCK = 512
+#: Output columns per piece of work are a multiple of this.
+COLUMN_BLOCK = 2 * TILE
+#: float32 sums of one thread: 512 KiB of a second-level cache of 2 MiB.
+SCRATCH_SIZE = 131072
+#: Tiles of tokens that are packed per piece of work.
+PACK_STEPS = 32
+
+
+class AmxWorkspace(NamedTuple):
+    """Memory that a forward writes and nobody reads afterwards."""
+
+    tokens: np.ndarray  #: (groups, steps of H * PACKED_TILE) uint16 packed tokens of every row
+    hidden: np.ndarray  #: (groups, steps of F * PACKED_TILE) uint16 packed hidden values
+    output: np.ndarray  #: (at least R, stride >= H) float32 experts' outputs, sorted by expert
+    scratch: np.ndarray  #: (threads, SCRATCH_SIZE) float32
+    tails: np.ndarray  #: (threads, 2 TILE DEPTH) uint16, ends of weight rows
+    counters: np.ndarray  #: (2,) int64
+
+
+class Strips(NamedTuple):
+    """Where an expert's weight rows lie: offsets in values."""
+
+    second: int  #: from strip 0 of a pair of strips to strip 1
+    row: int  #: from a row of a strip to the next
+    pair: int  #: from a pair of strips to the next
+    columns: int  #: hidden or output columns of a pair: TILE if it is gate and up, else 2 TILE
+
+
+@kernel
+def experts_forward_amx(x, weights, form, transposed, rows, topk_weights, used, space, y):
+    """`experts_forward` (experts.py) of bfloat16 weights, with transposed None; space is an AmxWorkspace."""
+    threads = space.scratch.shape[0]
+    tokens = used.shape[0]
+    space.counters[:] = 0
+    steps = space.tokens.shape[1] // PACKED_TILE
+    shares = (steps + PACK_STEPS - 1) // PACK_STEPS
+    for item in prange(rows.n_blocks * shares):
+        block = np.int64(item) // shares
+        first_step = np.int64(item) % shares * PACK_STEPS
+        _pack(x, rows, block, first_step, min(first_step + PACK_STEPS, steps), space)
+    for worker in prange(threads):
+        _up_projection(weights, form, rows, space, np.int64(worker))
+    for worker in prange(threads):
+        _down_projection(weights, rows, space, np.int64(worker))
+    for block in prange((tokens + COMBINE_BLOCK - 1) // COMBINE_BLOCK):
+        first = np.int64(block) * COMBINE_BLOCK
+        combine(first, min(first + COMBINE_BLOCK, tokens), rows, topk_weights, used, space, y)
+
+
+@inline
+def _groups(rows):
+    return (rows + TILE - 1) // TILE
+
+
+@helper
+def _pack(x, rows, block, first_step, end_step, space):
+    """Pack steps of the tokens of a block. A group that is not full repeats the block's last row."""
+    width = x.shape[1]
+    first, end, group = rows.blocks[block, 1], rows.blocks[block, 2], rows.blocks[block, 3]
+    for start in range(first, end, TILE):
+        row_ids, last = pointer(rows.row_token, start), min(TILE, end - start) - 1
+        for step in range(first_step, end_step):
+            packed = pointer(space.tokens, group * space.tokens.shape[1] + step * PACKED_TILE)
+            pack_pairs(pointer(x, 0), width, row_ids, last, step * DEPTH, packed)
+        group += 1
+
+
+@inline
+def _configure(rows0, rows1):
+    """Strips 0 and 1 have so many rows from now on."""
+    configure_tiles(pointer(CONFIGURATIONS, (rows0 * (TILE + 1) + rows1) * 64))
+
+
+@helper
+def _tile(w, second, stride, strip_rows, length, tokens, tokens_at, fetch, first, out, out_at, tails):
+    """2 strips times the groups at `tokens_at`, over `length` values of K: out = the sums if `first`, else out += them.
+
+    fetch: (offset, offset of the second half, per step, lines of each half, per line) of what is asked for meanwhile.
+    """
+    begin_sums(first, out, out_at)
+    near, far, per_step, lines, per_line = fetch
+    whole = length - length % DEPTH
+    for k in range(0, whole, DEPTH):
+        multiply_step(offset(w, k), second, stride, offset(tokens, k * TILE), tokens_at)
+        for line in range(lines):
+            prefetch(w, near + line * per_line)
+            prefetch(w, far + line * per_line)
+        near += per_step
+        far += per_step
+    if whole < length:  # a step must not read on into the next row: 0 times what is there may be NaN
+        for strip in range(2):
+            for r in range(strip_rows[strip]):
+                copy_shorts(w, strip * second + r * stride + whole, length - whole, tails, (strip * TILE + r) * DEPTH)
+        multiply_step(tails, TILE * DEPTH, DEPTH, offset(tokens, whole * TILE), tokens_at)
+    store_sums(out, out_at)
+
+
+@inline
+def _strip_rows(strips, columns):
+    """Rows of both strips of a pair of which `columns` columns exist, and the offset from one to the other."""
+    rows0 = min(columns, TILE)
+    if strips.columns == TILE:
+        return rows0, rows0, strips.second
+    if columns <= TILE:  # there is no second strip: take the first one twice
+        return rows0, rows0, 0
+    return rows0, min(columns - TILE, TILE), strips.second
+
+
+@helper
+def _multiply(w, strips, columns, length, then, tokens, tokens_stride, groups, out, tails):
+    """out[pair of strips, group, strip, row, token] = products of an expert's weights from `w` on.
+
+    Few rows: a pair of strips after the other, whole rows, read from memory as one stream. Many rows: a block of K
+    after the other, in each of which 2 groups stay in the first-level cache while all strips pass by.
+    Either way each tile asks for its share of the weights that come next, and a sum is added up in order of K.
+
+    columns  that exist, of all strips
+    length   values summed
+    then     offset from `w` to the weights of the next call
+    tokens   packed; a group begins every tokens_stride values
+    """
+    pairs = (columns + strips.columns - 1) // strips.columns
+    few = groups * TILE <= FEW_ROWS
+    depth = length if few else DEPTH_BLOCK
+    together = 1 if few else pairs
+    for k in range(0, length, depth):
+        size = min(depth, length - k)
+        for start in range(0, pairs, together):
+            for group in range(0, groups, 2):
+                first_line = TILE * group // groups
+                lines = TILE * min(group + 2, groups) // groups - first_line
+                for p in range(start, min(start + together, pairs)):
+                    at = p * strips.pair + k
+                    if few:
+                        ahead = at + strips.pair if p + 1 < pairs else then
+                        # Whole rows lie end to end; of gate and up in two places, otherwise in one.
+                        second_half = strips.second if strips.pair == TILE * length else TILE * length
+                        near = ahead - at + first_line * length
+                        fetch = (near, near + second_half, lines * DEPTH, lines, DEPTH)
+                    else:
+                        ahead = at + depth if k + depth < length else then + p * strips.pair
+                        near = ahead - at + first_line * strips.row
+                        fetch = (near, near + strips.second, DEPTH, lines, strips.row)
+                    rows0, rows1, second = _strip_rows(strips, columns - p * strips.columns)
+                    partial = rows0 < TILE or rows1 < TILE
+                    if partial:
+                        _configure(rows0, rows1)
+                    v = offset(w, at)
+                    t = offset(tokens, group * tokens_stride + k * TILE)
+                    c = offset(out, (p * groups + group) * 2 * SUMS)
+                    strip_rows = (rows0, rows1)
+                    if group + 1 < groups:
+                        tokens_at, out_at = (0, tokens_stride), (0, 2 * SUMS)
+                        _tile(v, second, strips.row, strip_rows, size, t, tokens_at, fetch, k == 0, c, out_at, tails)
+                    else:
+                        _tile(v, second, strips.row, strip_rows, size, t, (0,), fetch, k == 0, c, (0,), tails)
+                    if partial:
+                        _configure(TILE, TILE)
+
+
+@inline
+def _sums_of(strips, groups, column, group):
+    """Where `_multiply` leaves a column's sums for the tokens of a group; of gated ones the gate's, then SUMS further up's."""
+    pair, rest = column // strips.columns, column % strips.columns
+    return ((pair * groups + group) * 2 + rest // TILE) * SUMS + rest % TILE * TILE
+
+
+@helper
+def _up_projection(weights, form, rows, space, worker):
+    """hidden[r] = act(gate(r)) * up(r), or act(up(r)), until no piece of work is left."""
+    height, width = weights.up.shape[1:]
+    hidden_dim = height // 2 if form.gated else height
+    if not form.gated:
+        strips, run = Strips(TILE * width, width, 2 * TILE * width, 2 * TILE), 1
+    elif form.interleaved:
+        strips, run = Strips(width, 2 * width, 2 * TILE * width, TILE), 2
+    else:
+        strips, run = Strips(hidden_dim * width, width, TILE * width, TILE), 1
+    held = SCRATCH_SIZE // (_groups(most_rows(rows)) * TILE * (2 if form.gated else 1))
+    column_block = columns_per_piece(rows, hidden_dim, space.scratch.shape[0], held, COLUMN_BLOCK)
+    column_blocks = (hidden_dim + column_block - 1) // column_block
+    stride = space.tokens.shape[1]
+    sums = pointer(space.scratch, worker * space.scratch.shape[1])
+    tails = pointer(space.tails, worker * space.tails.shape[1])
+
+    _configure(TILE, TILE)
+    items = rows.n_blocks * column_blocks
+    next_item = take_next(pointer(space.counters, 0), 0)
+    while next_item < items:
+        item = next_item
+        next_item = take_next(pointer(space.counters, 0), 0)
+        expert, first, end, group, column = piece(rows, item, column_blocks, column_block)
+        columns = min(column_block, hidden_dim - column)
+        here = (expert * height + column * run) * width
+        next_expert, _, _, _, next_column = piece(rows, min(next_item, items - 1), column_blocks, column_block)
+        then = (next_expert * height + next_column * run) * width
+        w, tokens = pointer(weights.up, here), pointer(space.tokens, group * stride)
+        groups = _groups(end - first)
+        _multiply(w, strips, columns, width, then - here, tokens, stride, groups, sums, tails)
+        for g in range(groups):
+            hidden = pointer(space.hidden, (group + g) * space.hidden.shape[1])
+            _activate_group(sums, strips, groups, g, weights, form, expert, column, columns, hidden)
+            if column + columns == hidden_dim:  # what is behind it must not be NaN
+                zero = splat(np.float32(0.0))
+                for f in range((hidden_dim + 1) // 2 * 2, space.hidden.shape[1] // TILE, 2):
+                    store_pairs(zero, zero, hidden, f * TILE)
+    release_tiles()
+
+
+@helper
+def _activate_group(sums, strips, groups, g, weights, form, expert, column, columns, hidden):
+    """Bias, activation and gating of a piece of work for one group of rows."""
+    for i in range(0, columns, 2):
+        value = _activated(sums, strips, groups, g, weights, form, expert, column, i)
+        following = splat(np.float32(0.0))
+        if i + 1 < columns:
+            following = _activated(sums, strips, groups, g, weights, form, expert, column, i + 1)
+        store_pairs(value, following, hidden, (column + i) * TILE)
+
+
+@inline
+def _activated(sums, strips, groups, g, weights, form, expert, column, i):
+    """Hidden value `column + i` of a group's rows."""
+    at = _sums_of(strips, groups, i, g)
+    biased = weights.up_bias.shape[0] > 0
+    f = column + i
+    if not form.gated:
+        x = load(sums, at, TILE)
+        if biased:
+            x = x + splat(weights.up_bias[expert, f])
+        return activate(form.code, x)
+    gate, up = load(sums, at, TILE), load(sums, at + SUMS, TILE)
+    if biased:
+        hidden_dim = weights.up_bias.shape[1] // 2
+        gate = gate + splat(weights.up_bias[expert, 2 * f if form.interleaved else f])
+        up = up + splat(weights.up_bias[expert, 2 * f + 1 if form.interleaved else hidden_dim + f])
+    return gated(form.code, gate, up, np.float32(form.limit), np.float32(form.alpha), np.float32(form.beta))
+
+
+@helper
+def _down_projection(weights, rows, space, worker):
+    """output[r] = hidden[r] @ down.T + bias, until no piece of work is left."""
+    output_dim, width = weights.down.shape[1:]
+    strips = Strips(TILE * width, width, 2 * TILE * width, 2 * TILE)
+    held = SCRATCH_SIZE // (_groups(most_rows(rows)) * TILE)
+    column_block = columns_per_piece(rows, output_dim, space.scratch.shape[0], held, COLUMN_BLOCK)
+    column_blocks = (output_dim + column_block - 1) // column_block
+    stride = space.hidden.shape[1]
+    output_stride = space.output.shape[1]
+    biased = weights.down_bias.shape[0] > 0
+    sums = pointer(space.scratch, worker * space.scratch.shape[1])
+    tails = pointer(space.tails, worker * space.tails.shape[1])
+
+    _configure(TILE, TILE)
+    items = rows.n_blocks * column_blocks
+    next_item = take_next(pointer(space.counters, 1), 0)
+    while next_item < items:
+        item = next_item
+        next_item = take_next(pointer(space.counters, 1), 0)
+        expert, first, end, group, column = piece(rows, item, column_blocks, column_block)
+        columns = min(column_block, output_dim - column)
+        here = (expert * output_dim + column) * width
+        next_expert, _, _, _, next_column = piece(rows, min(next_item, items - 1), column_blocks, column_block)
+        then = (next_expert * output_dim + next_column) * width
+        w, hidden = pointer(weights.down, here), pointer(space.hidden, group * stride)
+        groups = _groups(end - first)
+        _multiply(w, strips, columns, width, then - here, hidden, stride, groups, sums, tails)
+        for g in range(groups):
+            r = first + g * TILE
+            for i in range(0, columns, TILE):
+                n = min(TILE, columns - i)
+                bias = splat(np.float32(0.0))
+                if biased:
+                    bias = load(pointer(weights.down_bias, expert * output_dim + column + i), 0, n)
+                out = pointer(space.output, r * output_stride + column + i)
+                at = _sums_of(strips, groups, i, g)
+                store_tokens(offset(sums, at), bias, out, output_stride, end - r, n)
+    release_tiles()
