@@ -53,12 +53,12 @@ FORMS = {
 
 @needs_amx
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape", [(64, 32), (1, 1), (21, 11), (33, 50), (47, 16), (801, 90), (1100, 257)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 32), (1, 1), (21, 11), (33, 50), (47, 16), (801, 90), (1100, 65)], ids=str)
 def test_amx_computes_what_the_specification_says(rng, shape, form):
     """Few and many rows per expert, edges on every side of a tile, in a block of K and across blocks."""
     experts = _experts(rng, input_dim=shape[0], hidden_dim=shape[1], **FORMS[form])
     assert experts.engine is AMX
-    for tokens in (1, 6, 37, 50, 90, 333):
+    for tokens in (1, 6, 37, 90, 200):
         x, *routing = _routed(rng, experts, tokens)
         y = experts.forward(x, *routing)
         assert_close(y, experts_reference(experts, x.astype(BFLOAT16).astype(np.float64), *routing), 2**-8)

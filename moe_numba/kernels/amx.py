@@ -203,7 +203,7 @@ def _multiply(w, strips, columns, length, then, tokens, tokens_stride, groups, o
 
 @inline
 def _sums_of(strips, groups, column, group):
-    """Where `_multiply` leaves a column's sums for the tokens of a group; of gated ones the gate's, then SUMS further up's."""
+    """Where `_multiply` leaves a column's sums for the tokens of a group; if gated the gate's, then up's."""
     pair, rest = column // strips.columns, column % strips.columns
     return ((pair * groups + group) * 2 + rest // TILE) * SUMS + rest % TILE * TILE
 

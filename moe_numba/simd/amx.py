@@ -106,7 +106,7 @@ def _sums_at(builder, out, groups_at):
 
 @intrinsic
 def begin_sums(typing, first, out, groups_at):
-    """Set the sums of 2 strips and as many groups as `groups_at` has entries to 0 if `first`, else to those in `out`."""
+    """Set the sums of 2 strips and of every group in `groups_at` to 0 if `first`, else to what is in `out`."""
 
     def generate(context, builder, signature, args):
         first, out, groups = args
