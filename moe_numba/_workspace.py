@@ -54,13 +54,16 @@ def _tokens_in(limit, engine, top_k, num_experts, input_dim, hidden_dim):
 
 
 def take_workspace(engine, sizes):
-    """Memory for a call of an Engine with these Sizes, valid until the current Python thread's next call."""
+    """Memory for a call of an Engine, valid until the current Python thread's next call.
+
+    sizes: the fields of Sizes. Returns the fields of the engine's workspace, as kernels take them.
+    """
     key = (engine, sizes)
     space = _memory.workspaces.get(key)
     if space is not None:
         return space
 
-    shapes = engine.shapes(sizes)
+    shapes = engine.shapes(Sizes(*sizes))
     size = sum(map(_bytes, shapes))
     if size > _memory.buffer.size or len(_memory.workspaces) >= 64:
         _memory.workspaces.clear()  # these are views of the old buffer, and would keep it alive
@@ -73,5 +76,5 @@ def take_workspace(engine, sizes):
         used = math.prod((rows, length, np.dtype(dtype).itemsize))
         parts.append(_memory.buffer[at : at + used].view(dtype).reshape(rows, length))
         at += _bytes(shape)
-    space = _memory.workspaces[key] = engine.workspace(*parts, counters=np.empty(2, np.int64))
+    space = _memory.workspaces[key] = (*parts, np.empty(2, np.int64))
     return space

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _check
-from ._engines import Sizes, engine_for
+from ._engines import engine_for
 from ._init import expert_weights
 from ._workspace import LEAST_CHUNK, chunk_tokens, take_workspace
 from .config import ACTIVATIONS, MoeConfig
@@ -83,8 +83,9 @@ class Experts(Sequence):
         up, down = map(_check.read_only, (up, down))
         #: The Engine that computes them.
         self.engine = engine_for(storage, bool(transposed))
-        self._weights = Weights(up, up_bias, down, down_bias)
-        self._form = _form(activation, bool(interleaved), swiglu_limit, swiglu_alpha, swiglu_beta)
+        self._weights = tuple(Weights(up, up_bias, down, down_bias))
+        self._interleaved = bool(interleaved)
+        self._form = _form(activation, self._interleaved, swiglu_limit, swiglu_alpha, swiglu_beta)
         self._transposed = True if transposed else None
 
     def _encode(self, name, value, shape, wanted=None):
@@ -103,7 +104,7 @@ class Experts(Sequence):
     def _parts(self, array):
         if not self.gated:
             return [array]
-        if self._form.interleaved:
+        if self._interleaved:
             return [array[:, 0::2], array[:, 1::2]]
         return [array[:, : self.hidden_dim], array[:, self.hidden_dim :]]
 
@@ -164,8 +165,7 @@ class Experts(Sequence):
             bad = indices[(indices < 0) | (indices >= self.num_experts)][0]
             _check.fail("topk_ids", f"an array with the value {bad}", f"from 0 to {self.num_experts - 1}")
         threads = threads_for(plan.num_rows * self.hidden_dim * self.input_dim * (3 if self.gated else 2))
-        sizes = Sizes(tokens, tokens * k, self.num_experts, self.input_dim, self.hidden_dim, threads)
-        space = take_workspace(engine, sizes)
+        space = take_workspace(engine, (tokens, tokens * k, self.num_experts, self.input_dim, self.hidden_dim, threads))
         kernel = twin(engine.kernel, threads)
         kernel(_check.read_only(x), self._weights, self._form, self._transposed, plan.rows, weights, used, space, y)
 
@@ -177,7 +177,8 @@ class Experts(Sequence):
 def _form(activation, interleaved, limit, alpha, beta):
     function, gated = ACTIVATIONS[activation]
     code = CODES[function] if (limit, alpha, beta) == (None, 1.0, 0.0) else CLAMPED_SILU
-    return Form(code, gated, interleaved, math.inf if limit is None else float(limit), float(alpha), float(beta))
+    limit = math.inf if limit is None else float(limit)
+    return tuple(Form(code, gated, interleaved, limit, float(alpha), float(beta)))
 
 
 def _bias(name, bias, shape):

@@ -121,14 +121,18 @@ class MoeLayer:
         routing a RoutingResult over the T tokens. A token with NaN or an infinity becomes NaN.
         Raises MoeValueError.
         """
-        dtype = np.float32 if dtype is None else _check.float_dtype("dtype", dtype)
+        if dtype is not None:
+            dtype = _check.float_dtype("dtype", dtype)
         tokens, shape = self._tokens(x)
         routing = self.router.route(tokens)
         y = self._routed(tokens, routing)
         if self.shared_experts is not None:
             y += self._shared(tokens)
-        with np.errstate(over="ignore"):  # beyond float16 is inf
-            return y.reshape(shape).astype(dtype, copy=False), routing
+        y = y.reshape(shape)
+        if dtype is not None:
+            with np.errstate(over="ignore"):  # beyond float16 is inf
+                y = y.astype(dtype, copy=False)
+        return y, routing
 
     __call__ = forward
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .kernels.plan import Rows, plan_rows
+from .kernels.plan import plan_rows
 
 
 class DispatchPlan:
@@ -22,5 +22,5 @@ class DispatchPlan:
         self.num_rows, n_blocks, self.num_invalid = plan_rows.serial(
             indices, used, num_experts, engine.row_block, engine.unit, row_token, slot_row, blocks, next_row
         )
-        #: The layout, as kernels take it.
-        self.rows = Rows(row_token, slot_row, blocks, n_blocks)
+        #: The fields of kernels.plan.Rows, as kernels take them.
+        self.rows = row_token, slot_row, blocks, n_blocks

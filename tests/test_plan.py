@@ -5,6 +5,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from moe_numba._engines import AMX, VECTORS
+from moe_numba.kernels.plan import Rows
 from moe_numba.plan import DispatchPlan
 
 ENGINES = (VECTORS, AMX)  # AMX's plan can be made on any processor
@@ -13,7 +14,7 @@ ENGINES = (VECTORS, AMX)  # AMX's plan can be made on any processor
 def _assert_plan(indices, used, num_experts, engine):
     """Every promise of the layout, checked from the outside."""
     plan = DispatchPlan(indices, used, num_experts, engine)
-    rows = plan.rows
+    rows = Rows(*plan.rows)
     slots = [(t, j) for t in range(len(indices)) for j in range(used[t])]
     assert plan.num_rows == len(slots)
     assert plan.num_invalid == 0
@@ -54,7 +55,8 @@ def test_one_expert_taken_twice_by_a_token():
 @pytest.mark.parametrize("rows", range(1, 4 * VECTORS.row_block + 2))
 def test_blocks_of_one_expert_are_about_equal(rows):
     plan = DispatchPlan(np.full((rows, 1), 1), np.ones(rows, np.int64), 3, VECTORS)
-    blocks = plan.rows.blocks[: plan.rows.n_blocks]
+    laid_out = Rows(*plan.rows)
+    blocks = laid_out.blocks[: laid_out.n_blocks]
     assert len(blocks) == -(-rows // VECTORS.row_block)
     sizes = blocks[:, 2] - blocks[:, 1]
     assert sizes.sum() == rows
@@ -69,5 +71,6 @@ def test_invalid_experts_are_counted_and_get_no_row():
     plan = DispatchPlan(np.array([[0, 3], [-1, 2], [2**62, -(2**63)]]), np.array([2, 2, 2]), 3, VECTORS)
     assert plan.num_invalid == 4
     assert plan.num_rows == 2
-    assert_array_equal(plan.rows.row_token[:2], [0, 1])
-    assert_array_equal(plan.rows.blocks[: plan.rows.n_blocks], [[0, 0, 1, 0], [2, 1, 2, 1]])
+    rows = Rows(*plan.rows)
+    assert_array_equal(rows.row_token[:2], [0, 1])
+    assert_array_equal(rows.blocks[: rows.n_blocks], [[0, 0, 1, 0], [2, 1, 2, 1]])

@@ -9,9 +9,15 @@ import pytest
 from moe_numba import _workspace
 from moe_numba._aligned import CACHE_LINE
 from moe_numba._engines import AMX, VECTORS, VECTORS_BFLOAT16, Sizes
-from moe_numba._workspace import chunk_tokens, take_workspace
+from moe_numba._workspace import chunk_tokens
 
 ENGINES = (VECTORS, VECTORS_BFLOAT16, AMX)
+
+
+def take_workspace(engine, sizes):
+    return engine.workspace(*_workspace.take_workspace(engine, sizes))
+
+
 every_engine = pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
 
 

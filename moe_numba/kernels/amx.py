@@ -31,8 +31,8 @@ from ..simd.atomic import take_next
 from ..simd.tile import prefetch
 from ..simd.vector import load, offset, pointer, splat
 from .activations import activate, gated
-from .experts import COMBINE_BLOCK, combine
-from .plan import columns_per_piece, most_rows, piece
+from .experts import COMBINE_BLOCK, Form, Weights, combine
+from .plan import Rows, columns_per_piece, most_rows, piece
 
 #: Rows that share one pass over the weights: with 512, Mixtral reads them once for 2,048 tokens.
 ROW_BLOCK = 512
@@ -72,22 +72,26 @@ class Strips(NamedTuple):
 @kernel
 def experts_forward_amx(x, weights, form, transposed, rows, topk_weights, used, space, y):
     """`experts_forward` (experts.py) of bfloat16 weights, with transposed None; space is an AmxWorkspace."""
-    threads = space.scratch.shape[0]
+    w = Weights(*weights)  # one by one: Numba does not find the classes of those unpacked together
+    f = Form(*form)
+    r = Rows(*rows)
+    s = AmxWorkspace(*space)
+    threads = s.scratch.shape[0]
     tokens = used.shape[0]
-    space.counters[:] = 0
-    steps = space.tokens.shape[1] // PACKED_TILE
+    s.counters[:] = 0
+    steps = s.tokens.shape[1] // PACKED_TILE
     shares = (steps + PACK_STEPS - 1) // PACK_STEPS
-    for item in prange(rows.n_blocks * shares):
+    for item in prange(r.n_blocks * shares):
         block = np.int64(item) // shares
         first_step = np.int64(item) % shares * PACK_STEPS
-        _pack(x, rows, block, first_step, min(first_step + PACK_STEPS, steps), space)
+        _pack(x, r, block, first_step, min(first_step + PACK_STEPS, steps), s)
     for worker in prange(threads):
-        _up_projection(weights, form, rows, space, np.int64(worker))
+        _up_projection(w, f, r, s, np.int64(worker))
     for worker in prange(threads):
-        _down_projection(weights, rows, space, np.int64(worker))
+        _down_projection(w, r, s, np.int64(worker))
     for block in prange((tokens + COMBINE_BLOCK - 1) // COMBINE_BLOCK):
         first = np.int64(block) * COMBINE_BLOCK
-        combine(first, min(first + COMBINE_BLOCK, tokens), rows, topk_weights, used, space, y)
+        combine(first, min(first + COMBINE_BLOCK, tokens), r, topk_weights, used, s, y)
 
 
 @inline
