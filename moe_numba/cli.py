@@ -237,6 +237,7 @@ def _facts():
         "instruction_sets": used or ["those of " + target.cpu_name()],
         "vector": f"{target.register_bits()} bits, {lanes} float32",
         "tile": f"{TILE_ROWS} rows x {TILE_COLUMNS} columns",
+        "matrix_unit": "AMX, for bfloat16 weights" if target.has_amx() else "none",
         "threads": f"{threads} of {os.cpu_count()} processors",
         "threading_layer": numba.threading_layer(),
         "cache": sorted(str(path) for path in cache) or "none can be written: kernels are compiled in every process",

@@ -40,7 +40,7 @@ ROW_BLOCK = 512
 FEW_ROWS = 64
 #: Values along K of more rows at a time: 2 groups of tokens are then 32 KiB of a first-level cache of 48 KiB, while
 #: weights come from the second.
-DEPTH_BLOCK = 512
+DEPTH_BLOCK = 256
 #: Output columns per piece of work are a multiple of this.
 COLUMN_BLOCK = 2 * TILE
 #: float32 sums of one thread: 512 KiB of a second-level cache of 2 MiB.
