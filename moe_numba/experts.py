@@ -61,11 +61,7 @@ class Experts(Sequence):
             "swiglu_beta": swiglu_beta,
         }
         self._format = FORMATS[dtype]
-        up_name = "gate_up_proj" if self.gated else "up_proj"
-        rows_name = "2 * hidden_dim" if self.gated else "hidden_dim"
-        layout = f"(num_experts, {rows_name}, input_dim)"
-        if transposed:
-            layout = f"(num_experts, input_dim, {rows_name})"
+        up_name, up_bias_name, layout = _up_names(self.gated, bool(transposed))
         up = self._encode(up_name, up, (None, None, None), layout)
         self.num_experts, rows, self.input_dim = (up.swapaxes(1, 2) if transposed else up).shape
         if 0 in up.shape or (self.gated and rows % 2):
@@ -74,7 +70,7 @@ class Experts(Sequence):
         down_shape = (self.num_experts, self.input_dim, self.hidden_dim)
         self.up = up
         self.down = self._encode("down_proj", down, down_shape[::2] + down_shape[1:2] if transposed else down_shape)
-        self.up_bias = _bias(up_name.replace("proj", "bias"), up_bias, (self.num_experts, rows))
+        self.up_bias = _bias(up_bias_name, up_bias, (self.num_experts, rows))
         self.down_bias = _bias("down_bias", down_bias, (self.num_experts, self.input_dim))
         biases = (_NO_BIAS if bias is None else bias for bias in (self.up_bias, self.down_bias))
         up_bias, down_bias = map(_check.read_only, biases)
@@ -173,7 +169,15 @@ class Experts(Sequence):
         return chunk_tokens(self.engine, k, self.num_experts, self.input_dim, self.hidden_dim)
 
 
-@lru_cache  # 1 us of a call of fused_experts
+@lru_cache  # like `_form`, 1 us of a call of fused_experts
+def _up_names(gated, transposed):
+    """Names of the first projection and of its bias, and its shape in words."""
+    axes = ["2 * hidden_dim" if gated else "hidden_dim", "input_dim"]
+    layout = ", ".join(["num_experts", *(axes[::-1] if transposed else axes)])
+    return *(("gate_up_proj", "gate_up_bias") if gated else ("up_proj", "up_bias")), f"({layout})"
+
+
+@lru_cache
 def _form(activation, interleaved, limit, alpha, beta):
     function, gated = ACTIVATIONS[activation]
     code = CODES[function] if (limit, alpha, beta) == (None, 1.0, 0.0) else CLAMPED_SILU
