@@ -37,17 +37,17 @@ def _bytes(shape):
     return -(-rows * length * np.dtype(dtype).itemsize // CACHE_LINE) * CACHE_LINE
 
 
-def chunk_tokens(engine, top_k, num_experts, input_dim, hidden_dim) -> int:
+def chunk_tokens(engine, top_k, num_experts, input_dim, hidden_dim, threads) -> int:
     """Tokens per chunk, so that its workspace stays below CHUNK_BYTES; at least LEAST_CHUNK."""
-    return max(LEAST_CHUNK, _tokens_in(CHUNK_BYTES, engine, top_k, num_experts, input_dim, hidden_dim))
+    return max(LEAST_CHUNK, _tokens_in(CHUNK_BYTES, engine, top_k, num_experts, input_dim, hidden_dim, threads))
 
 
 @lru_cache
-def _tokens_in(limit, engine, top_k, num_experts, input_dim, hidden_dim):
+def _tokens_in(limit, engine, top_k, *layer):
     def size(tokens):
-        return sum(map(_bytes, engine.shapes(Sizes(tokens, tokens * top_k, num_experts, input_dim, hidden_dim, 0))))
+        return sum(map(_bytes, engine.shapes(Sizes(tokens, tokens * top_k, *layer))))
 
-    many = 16 * num_experts  # every expert has rows, whatever more come
+    many = 16 * layer[0]  # every expert has rows, whatever more come
     per_token = (size(2 * many) - size(many)) // many
     fixed = size(many) - many * per_token
     return (limit - fixed) // per_token

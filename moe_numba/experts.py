@@ -17,7 +17,7 @@ from .formats import FORMATS
 from .kernels.activations import CLAMPED_SILU, CODES
 from .kernels.experts import Form, Weights
 from .plan import DispatchPlan
-from .threads import threads_for, twin
+from .threads import get_num_threads, threads_for, twin
 
 _NO_BIAS = _check.read_only(np.empty((0, 0), np.float32))
 
@@ -166,7 +166,7 @@ class Experts(Sequence):
         kernel(_check.read_only(x), self._weights, self._form, self._transposed, plan.rows, weights, used, space, y)
 
     def _chunk_tokens(self, k):
-        return chunk_tokens(self.engine, k, self.num_experts, self.input_dim, self.hidden_dim)
+        return chunk_tokens(self.engine, k, self.num_experts, self.input_dim, self.hidden_dim, get_num_threads())
 
 
 @lru_cache  # like `_form`, 1 us of a call of fused_experts

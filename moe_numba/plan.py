@@ -16,11 +16,11 @@ class DispatchPlan:
     def __init__(self, indices, used, num_experts, engine):
         slots = indices.size
         row_token = np.empty(slots, np.int64)
-        slot_row = np.empty(indices.shape, np.int64)
+        row_slot = np.empty(slots, np.int64)
         blocks = np.empty((num_experts + slots // engine.row_block, 4), np.int64)
         next_row = np.empty(num_experts, np.int64)
         self.num_rows, n_blocks, self.num_invalid = plan_rows.serial(
-            indices, used, num_experts, engine.row_block, engine.unit, row_token, slot_row, blocks, next_row
+            indices, used, num_experts, engine.row_block, engine.unit, row_token, row_slot, blocks, next_row
         )
         #: The fields of kernels.plan.Rows, as kernels take them.
-        self.rows = row_token, slot_row, blocks, n_blocks
+        self.rows = row_token, row_slot, blocks, n_blocks

@@ -275,7 +275,7 @@ def test_chunks_do_not_change_the_result(rng, monkeypatch, policy):
     x[::50] = np.nan
     whole, _ = layer(x)
     monkeypatch.setattr(_workspace, "CHUNK_BYTES", 1)
-    assert _workspace.chunk_tokens(layer.experts.engine, 2, 6, 20, 30) < 333 / 3
+    assert _workspace.chunk_tokens(layer.experts.engine, 2, 6, 20, 30, 1) < 333 / 3
     chunked, _ = layer(x)
     assert_same_bits(chunked, whole)
 

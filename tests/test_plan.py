@@ -19,8 +19,8 @@ def _assert_plan(indices, used, num_experts, engine):
     assert plan.num_rows == len(slots)
     assert plan.num_invalid == 0
 
-    row_of = {slot: int(rows.slot_row[slot]) for slot in slots}
-    assert sorted(row_of.values()) == list(range(len(slots)))  # every used slot has one row
+    row_of = {divmod(int(slot), indices.shape[1]): r for r, slot in enumerate(rows.row_slot[: len(slots)])}
+    assert sorted(row_of) == slots  # every used slot has one row
     for (t, _), r in row_of.items():
         assert rows.row_token[r] == t
     expert_of_row = {r: int(indices[slot]) for slot, r in row_of.items()}

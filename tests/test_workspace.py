@@ -45,8 +45,8 @@ def test_parts_are_large_enough_and_do_not_overlap(engine, sizes):
         assert part.dtype == dtype
         assert part.ctypes.data % CACHE_LINE == 0
     assert len(space.scratch) == sizes.threads
-    assert space.output.shape[0] >= sizes.rows
-    assert space.output.shape[1] >= sizes.input_dim
+    assert len(space.sums) == sizes.threads
+    assert space.sums.shape[1] % sizes.tokens == 0
     ends = sorted((part.ctypes.data, part.ctypes.data + part.nbytes) for part in _parts(space))
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
 
@@ -68,11 +68,11 @@ def test_memory_is_used_again_by_the_same_thread_only(engine):
     ("num_experts", "top_k", "input_dim", "hidden_dim"), [(64, 8, 2048, 1024), (2, 1, 16, 16), (8, 2, 4096, 14336)]
 )
 def test_a_chunk_stays_below_its_bound(monkeypatch, engine, num_experts, top_k, input_dim, hidden_dim):
-    layer = num_experts, input_dim, hidden_dim
+    layer = num_experts, input_dim, hidden_dim, 2
     tokens = chunk_tokens(engine, top_k, *layer)
 
     def size(tokens):
-        shapes = engine.shapes(Sizes(tokens, tokens * top_k, *layer, 0))
+        shapes = engine.shapes(Sizes(tokens, tokens * top_k, *layer))
         return sum(rows * length * np.dtype(dtype).itemsize for rows, length, dtype in shapes)
 
     assert size(tokens) <= _workspace.CHUNK_BYTES

@@ -31,7 +31,16 @@ from ..simd.atomic import take_next
 from ..simd.tile import prefetch
 from ..simd.vector import load, offset, pointer, splat
 from .activations import activate, gated
-from .experts import COMBINE_BLOCK, Form, Weights, combine
+from .experts import (
+    Form,
+    Weights,
+    add_outputs,
+    bias_of,
+    block_after,
+    output_columns,
+    start_sums,
+    write_sums,
+)
 from .plan import Rows, columns_per_piece, most_rows, piece
 
 #: Rows that share one pass over the weights: with 512, Mixtral reads them once for 2,048 tokens.
@@ -54,8 +63,9 @@ class AmxWorkspace(NamedTuple):
 
     tokens: np.ndarray  #: (groups, steps of H * PACKED_TILE) uint16 packed tokens of every row
     hidden: np.ndarray  #: (groups, steps of F * PACKED_TILE) uint16 packed hidden values
-    output: np.ndarray  #: (at least R, stride >= H) float32 experts' outputs, sorted by expert
-    scratch: np.ndarray  #: (threads, SCRATCH_SIZE) float32
+    sums: np.ndarray  #: (threads, T output columns) float32, as of experts.Workspace
+    scratch: np.ndarray  #: (threads, SCRATCH_SIZE) float32, sums of tiles
+    outputs: np.ndarray  #: (threads, TILE output columns) float32 of a group of rows
     tails: np.ndarray  #: (threads, 2 TILE DEPTH) uint16, ends of weight rows
     counters: np.ndarray  #: (2,) int64
 
@@ -77,7 +87,6 @@ def experts_forward_amx(x, weights, form, transposed, rows, topk_weights, used, 
     r = Rows(*rows)
     s = AmxWorkspace(*space)
     threads = s.scratch.shape[0]
-    tokens = used.shape[0]
     s.counters[:] = 0
     steps = s.tokens.shape[1] // PACKED_TILE
     shares = (steps + PACK_STEPS - 1) // PACK_STEPS
@@ -88,10 +97,7 @@ def experts_forward_amx(x, weights, form, transposed, rows, topk_weights, used, 
     for worker in prange(threads):
         _up_projection(w, f, r, s, np.int64(worker))
     for worker in prange(threads):
-        _down_projection(w, r, s, np.int64(worker))
-    for block in prange((tokens + COMBINE_BLOCK - 1) // COMBINE_BLOCK):
-        first = np.int64(block) * COMBINE_BLOCK
-        combine(first, min(first + COMBINE_BLOCK, tokens), r, topk_weights, used, s, y)
+        _down_projection(w, r, topk_weights, used, s, y, np.int64(worker))
 
 
 @inline
@@ -285,41 +291,40 @@ def _activated(sums, strips, groups, g, weights, form, expert, column, i):
 
 
 @helper
-def _down_projection(weights, rows, space, worker):
-    """output[r] = hidden[r] @ down.T + bias, until no piece of work is left."""
-    output_dim, width = weights.down.shape[1:]
-    strips = Strips(TILE * width, width, 2 * TILE * width, 2 * TILE)
-    held = SCRATCH_SIZE // (_groups(most_rows(rows)) * TILE)
-    column_block = columns_per_piece(rows, output_dim, space.scratch.shape[0], held, COLUMN_BLOCK)
-    column_blocks = (output_dim + column_block - 1) // column_block
+def _down_projection(weights, rows, topk_weights, used, space, y, worker):
+    """y[t] = sum of topk_weights[slot] * (hidden[r] @ down.T + bias) over t's rows, until no columns are left."""
+    output_dim, hidden_dim = weights.down.shape[1:]
+    strips = Strips(TILE * hidden_dim, hidden_dim, 2 * TILE * hidden_dim, 2 * TILE)
     stride = space.hidden.shape[1]
-    output_stride = space.output.shape[1]
-    biased = weights.down_bias.shape[0] > 0
-    sums = pointer(space.scratch, worker * space.scratch.shape[1])
+    width = output_columns(space, used)
+    tiles = pointer(space.scratch, worker * space.scratch.shape[1])
     tails = pointer(space.tails, worker * space.tails.shape[1])
+    outputs = pointer(space.outputs, worker * space.outputs.shape[1])
+    sums = pointer(space.sums, worker * space.sums.shape[1])
 
     _configure(TILE, TILE)
-    items = rows.n_blocks * column_blocks
+    items = (output_dim + width - 1) // width
     next_item = take_next(pointer(space.counters, 1), 0)
     while next_item < items:
-        item = next_item
+        column = next_item * width
         next_item = take_next(pointer(space.counters, 1), 0)
-        expert, first, end, group, column = piece(rows, item, column_blocks, column_block)
-        columns = min(column_block, output_dim - column)
-        here = (expert * output_dim + column) * width
-        next_expert, _, _, _, next_column = piece(rows, min(next_item, items - 1), column_blocks, column_block)
-        then = (next_expert * output_dim + next_column) * width
-        w, hidden = pointer(weights.down, here), pointer(space.hidden, group * stride)
-        groups = _groups(end - first)
-        _multiply(w, strips, columns, width, then - here, hidden, stride, groups, sums, tails)
-        for g in range(groups):
-            r = first + g * TILE
-            for i in range(0, columns, TILE):
-                n = min(TILE, columns - i)
-                bias = splat(np.float32(0.0))
-                if biased:
-                    bias = load(pointer(weights.down_bias, expert * output_dim + column + i), 0, n)
-                out = pointer(space.output, r * output_stride + column + i)
-                at = _sums_of(strips, groups, i, g)
-                store_tokens(offset(sums, at), bias, out, output_stride, end - r, n)
+        columns = min(width, output_dim - column)
+        start_sums(topk_weights, used, sums, width)
+        for block in range(rows.n_blocks):
+            expert, first, end = rows.blocks[block, 0], rows.blocks[block, 1], rows.blocks[block, 2]
+            next_expert, next_column = block_after(rows, block, column, min(next_item, items - 1) * width)
+            here = (expert * output_dim + column) * hidden_dim
+            then = (next_expert * output_dim + next_column) * hidden_dim - here
+            hidden = pointer(space.hidden, rows.blocks[block, 3] * stride)
+            groups = _groups(end - first)
+            _multiply(
+                pointer(weights.down, here), strips, columns, hidden_dim, then, hidden, stride, groups, tiles, tails
+            )
+            bias = bias_of(weights.down_bias, expert, column)
+            for g in range(groups):
+                for i in range(0, columns, TILE):
+                    store_tokens(offset(tiles, _sums_of(strips, groups, i, g)), offset(outputs, i), width)
+                start = first + g * TILE
+                add_outputs(outputs, width, rows, start, min(start + TILE, end), columns, topk_weights, bias, sums)
+        write_sums(sums, width, columns, column, y)
     release_tiles()

@@ -8,7 +8,7 @@ from numba import prange
 from .._jit import helper, inline, kernel
 from ..simd.atomic import take_next
 from ..simd.target import LANES
-from ..simd.vector import element, even_lanes, fma, load, odd_lanes, offset, pointer, splat, store, store_operand
+from ..simd.vector import even_lanes, fma, load, odd_lanes, offset, pointer, splat, store, store_operand
 from .activations import activate, gated
 from .plan import Rows, columns_per_piece, most_rows, piece
 from .projection import CONSECUTIVE, ROW_BLOCK, project, project_transposed
@@ -19,9 +19,10 @@ COLUMN_BLOCK = 48
 TRANSPOSED_BLOCK = 2 * COLUMN_BLOCK
 #: float32 scratch of one thread: gate and up of one piece of work.
 SCRATCH_SIZE = 2 * ROW_BLOCK * TRANSPOSED_BLOCK
-#: Tokens per piece of work where tokens are copied, and where outputs are summed.
+#: Output columns of a piece of work at most, for all tokens: scratch holds as many for a block of rows.
+OUTPUT_COLUMNS = SCRATCH_SIZE // ROW_BLOCK
+#: Tokens per piece of work where tokens are copied.
 ENCODE_BLOCK = 16
-COMBINE_BLOCK = 8
 
 
 class Form(NamedTuple):
@@ -49,7 +50,7 @@ class Workspace(NamedTuple):
 
     tokens: np.ndarray  #: (at least T, stride >= H) tokens, as the format multiplies them
     hidden: np.ndarray  #: (at least R, stride >= F) hidden values, as the format multiplies them
-    output: np.ndarray  #: (at least R, stride >= H) float32 experts' outputs, sorted by expert
+    sums: np.ndarray  #: (threads, T output columns) float32 of a piece of work of the second projection
     scratch: np.ndarray  #: (threads, SCRATCH_SIZE) float32
     counters: np.ndarray  #: (2,) int64
 
@@ -70,11 +71,11 @@ def experts_forward(x, weights, form, transposed, rows, topk_weights, used, spac
     space         Workspace
     y             (T, H) float32, written. A token without rows gets its first weight, 0 or NaN.
 
-    Four steps, each parallel: tokens to the format's operands, over tokens; first projection and
-    activation, over (block of rows, block of hidden columns); second projection, over (block of
-    rows, block of output columns); weighted sum, over tokens. Threads take the next piece when
-    they are done with one, so a slow core does not hold up the others; every value is written by
-    one thread in one order. A thread takes the next piece before it begins with one, to ask for its
+    Three steps, each parallel: tokens to the format's operands, over tokens; first projection and
+    activation, over (block of rows, block of hidden columns); second projection and weighted sum, over
+    blocks of output columns. Threads take the next piece when they are done with one, so a slow core does
+    not hold up the others; every value is written by one thread in one order: a token's experts are added
+    up in order of their numbers. A thread takes the next piece before it begins with one, to ask for its
     weights in time.
     """
     w = Weights(*weights)  # one by one: Numba does not find the classes of those unpacked together
@@ -89,11 +90,8 @@ def experts_forward(x, weights, form, transposed, rows, topk_weights, used, spac
         _encode(x, first, min(first + ENCODE_BLOCK, tokens), w, s)
     for worker in prange(threads):
         _up_projection(w, f, transposed, r, s, np.int64(worker))
-    for _ in prange(threads):
-        _down_projection(w, transposed, r, s)
-    for block in prange((tokens + COMBINE_BLOCK - 1) // COMBINE_BLOCK):
-        first = np.int64(block) * COMBINE_BLOCK
-        combine(first, min(first + COMBINE_BLOCK, tokens), r, topk_weights, used, s, y)
+    for worker in prange(threads):
+        _down_projection(w, transposed, r, topk_weights, used, s, y, np.int64(worker))
 
 
 @helper
@@ -223,64 +221,98 @@ def _activate_row(sums, columns, column_block, weights, form, expert, column, hi
 
 
 @helper
-def _down_projection(weights, transposed, rows, space):
-    """output[r] = hidden[r] @ down.T + bias, until no piece of work is left."""
+def _down_projection(weights, transposed, rows, topk_weights, used, space, y, worker):
+    """y[t] = sum of topk_weights[slot] * (hidden[r] @ down.T + bias) over t's rows, until no columns are left."""
     hidden_dim, output_dim = _length_and_height(weights.down, transposed)
     hidden_stride = space.hidden.shape[1]
-    output_stride = space.output.shape[1]
-    biased = weights.down_bias.shape[0] > 0
-    column_block = _columns_per_piece(rows, output_dim, space.scratch.shape[0], transposed)
-    column_blocks = (output_dim + column_block - 1) // column_block
+    width = output_columns(space, used)
+    outputs = pointer(space.scratch, worker * space.scratch.shape[1])
+    sums = pointer(space.sums, worker * space.sums.shape[1])
 
-    items = rows.n_blocks * column_blocks
+    items = (output_dim + width - 1) // width
     next_item = take_next(pointer(space.counters, 1), 0)
     while next_item < items:
-        item = next_item
+        column = next_item * width
         next_item = take_next(pointer(space.counters, 1), 0)
-        expert, first, end, _, column = piece(rows, item, column_blocks, column_block)
-        next_expert, _, _, _, next_column = piece(rows, min(next_item, items - 1), column_blocks, column_block)
-        columns = min(column_block, output_dim - column)
-        _project(
-            pointer(space.hidden, first * hidden_stride),
-            hidden_stride,
-            pointer(CONSECUTIVE, 0),
-            end - first,
-            pointer(weights.down, 0),
-            transposed,
-            output_dim,
-            hidden_dim,
-            (expert, column),
-            columns,
-            (next_expert, next_column),
-            pointer(space.output, first * output_stride + column),
-            output_stride,
-        )
-        if biased:
-            bias = pointer(weights.down_bias, expert * output_dim + column)
-            for r in range(first, end):
-                output = pointer(space.output, r * output_stride + column)
-                for i in range(0, columns, LANES):
-                    n = min(LANES, columns - i)
-                    store(load(output, i, n) + load(bias, i, n), output, i, n)
+        columns = min(width, output_dim - column)
+        start_sums(topk_weights, used, sums, width)
+        for block in range(rows.n_blocks):
+            expert, first, end = rows.blocks[block, 0], rows.blocks[block, 1], rows.blocks[block, 2]
+            _project(
+                pointer(space.hidden, first * hidden_stride),
+                hidden_stride,
+                pointer(CONSECUTIVE, 0),
+                end - first,
+                pointer(weights.down, 0),
+                transposed,
+                output_dim,
+                hidden_dim,
+                (expert, column),
+                columns,
+                block_after(rows, block, column, min(next_item, items - 1) * width),
+                outputs,
+                width,
+            )
+            bias = bias_of(weights.down_bias, expert, column)
+            add_outputs(outputs, width, rows, first, end, columns, topk_weights, bias, sums)
+        write_sums(sums, width, columns, column, y)
+
+
+@inline
+def output_columns(space, used):
+    """Columns of a piece of work of the second projection."""
+    return space.sums.shape[1] // max(1, used.shape[0])
+
+
+@inline
+def block_after(rows, block, column, next_column):
+    """Expert and column of the weights that follow those of a block of rows: the last block's lie in `next_column`."""
+    if block + 1 < rows.n_blocks:
+        return rows.blocks[block + 1, 0], column
+    return rows.blocks[0, 0], next_column
+
+
+@inline
+def bias_of(bias, expert, column):
+    """Pointer to an expert's bias, and whether there is one."""
+    biased = bias.shape[0] > 0
+    return pointer(bias, expert * bias.shape[1] + column if biased else 0), biased
 
 
 @helper
-def combine(first, end, rows, topk_weights, used, space, y):
-    """y[t] = sum of the outputs of t's rows by weight, in order of the slots."""
-    output_dim = y.shape[1]
-    output = pointer(space.output, 0)
-    stride = space.output.shape[1]
+def start_sums(topk_weights, used, sums, width):
+    """sums[t] = 0, or the first weight of a token without rows."""
+    for t in range(used.shape[0]):
+        start = splat(topk_weights[t, 0] if used[t] == 0 else np.float32(0.0))
+        for i in range(0, width, LANES):
+            store(start, sums, t * width + i, LANES)
+
+
+@helper
+def add_outputs(outputs, width, rows, first, end, columns, topk_weights, bias, sums):
+    """sums[token of r] += weight of r * (outputs[r - first] + bias) for rows first <= r < end.
+
+    A row of outputs and one of sums is `width` long. bias: as `bias_of` gives it.
+    """
     k = topk_weights.shape[1]
-    for t in range(first, end):
-        slots = pointer(rows.slot_row, t * k)
-        weight = pointer(topk_weights, t * k)
-        target = pointer(y, t * output_dim)
-        start = splat(element(weight, 0) if used[t] == 0 else np.float32(0.0))
-        for i in range(0, output_dim, LANES):
-            n = min(LANES, output_dim - i)
-            total = start
-            for j in range(used[t]):
-                row = element(slots, j)
-                if row >= 0:
-                    total = fma(splat(element(weight, j)), load(output, row * stride + i, n), total)
-            store(total, target, i, n)
+    at_bias, biased = bias
+    for r in range(first, end):
+        t = rows.row_token[r]
+        weight = splat(topk_weights[t, rows.row_slot[r] - t * k])
+        output, total = offset(outputs, (r - first) * width), offset(sums, t * width)
+        for i in range(0, columns, LANES):
+            n = min(LANES, columns - i)
+            value = load(output, i, n)
+            if biased:
+                value = value + load(at_bias, i, n)
+            store(fma(weight, value, load(total, i, n)), total, i, n)
+
+
+@helper
+def write_sums(sums, width, columns, column, y):
+    """y[t, column :][: columns] = sums[t]."""
+    for t in range(y.shape[0]):
+        target = pointer(y, t * y.shape[1] + column)
+        for i in range(0, columns, LANES):
+            n = min(LANES, columns - i)
+            store(load(sums, t * width + i, n), target, i, n)

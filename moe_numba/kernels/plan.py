@@ -17,7 +17,7 @@ class Rows(NamedTuple):
     """Rows sorted by expert, as `plan_rows` lays them out."""
 
     row_token: np.ndarray  #: (at least R,) int64
-    slot_row: np.ndarray  #: (at least T, K) int64
+    row_slot: np.ndarray  #: (at least R,) int64, t K + k of the slot (t, k)
     blocks: np.ndarray  #: (at least n_blocks, 4) int64: expert, first row, end row, first group
     n_blocks: int
 
@@ -47,7 +47,7 @@ def piece(rows, item, column_blocks, column_block):
 
 
 @kernel
-def plan_rows(indices, used, experts, row_block, unit, row_token, slot_row, blocks, next_row):
+def plan_rows(indices, used, experts, row_block, unit, row_token, row_slot, blocks, next_row):
     """Give every dispatched slot a row, the rows of one expert side by side in token order.
 
     indices     (T, K) int64 expert of each slot
@@ -57,7 +57,7 @@ def plan_rows(indices, used, experts, row_block, unit, row_token, slot_row, bloc
     unit        rows of a group; blocks are of equal size in groups
     Writes
     row_token   (at least T K,) int64 token of each row
-    slot_row    (at least T, K) int64 row of each dispatched slot, -1 if its index is no expert
+    row_slot    (at least T K,) int64 slot of each row: t K + k
     blocks      (at least E + T K / row_block, 4) int64 expert, first row, end row, first group
     next_row    (E,) int64 scratch
     Returns (rows, number of blocks, dispatched slots whose index is no expert; these get no row).
@@ -101,7 +101,5 @@ def plan_rows(indices, used, experts, row_block, unit, row_token, slot_row, bloc
                 r = next_row[e]
                 next_row[e] = r + 1
                 row_token[r] = t
-                slot_row[t, j] = r
-            else:
-                slot_row[t, j] = -1
+                row_slot[r] = t * indices.shape[1] + j
     return rows, n_blocks, invalid

@@ -30,9 +30,9 @@ from .vector import (
     Vec,
     first_lanes,
     masked_load,
-    masked_store,
     rounded_to_bfloat16,
     unaligned_load,
+    unaligned_store,
     unpack,
 )
 
@@ -251,20 +251,17 @@ def pack_pairs(typing, x, width, row_ids, last, k, packed):
 
 
 @intrinsic
-def store_tokens(typing, sums, bias, out, out_stride, rows, n):
-    """out[r * out_stride + i] = sums of weight row i and token r, + lane i of bias, for r < rows and i < n."""
+def store_tokens(typing, sums, out, out_stride):
+    """out[r * out_stride + i] = the sum of weight row i and token r, for all of a register's."""
 
     def generate(context, builder, signature, args):
-        sums, bias, out, stride, rows, n = args
+        sums, out, stride = args
         tile = [unaligned_load(builder, builder.gep(sums, [INT64(TILE * i)])) for i in range(TILE)]
         for r, vector in enumerate(_transposed(builder, tile)):
-            exists = builder.icmp_signed("<", INT64(r), rows)
-            mask = first_lanes(builder, builder.select(exists, n, INT64(0)))
-            place = builder.gep(out, [builder.mul(stride, INT64(r))])
-            masked_store(builder, builder.fadd(vector, bias), place, mask)
+            unaligned_store(builder, vector, builder.gep(out, [builder.mul(stride, INT64(r))]))
         return context.get_dummy_value()
 
-    return types.void(Floats, Vec, Floats, *[types.int64] * 3), generate
+    return types.void(Floats, Floats, types.int64), generate
 
 
 @intrinsic
