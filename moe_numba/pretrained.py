@@ -219,7 +219,7 @@ def _expert_arrays(reader, stored, config):
         _leave_identity_experts(reader, stored, config)
     else:
         arrays = [
-            _as_dtype(reader.tensor(name, (experts, *shape)), dtype)
+            _stacked(reader, name, (experts, *shape), dtype)
             for name, shape in ((stored.up, up_shape), (stored.down, down_shape))
         ]
     arrays = {f"{up_name}_proj": arrays[0], "down_proj": arrays[1]}
@@ -256,13 +256,14 @@ def _copy_expert(reader, stored, e, up, down):
     down[...] = reader.tensor(stored.down.format(e=e), down.shape)
 
 
-def _as_dtype(tensor, dtype):
+def _stacked(reader, name, shape, dtype):
     """The mapped tensor itself, or a copy in another dtype."""
-    if tensor.dtype == dtype:
-        return tensor
-    copy = aligned_empty(tensor.shape, dtype)
-    for target, source in zip(copy, tensor, strict=True):
-        target[...] = source
+    if reader.tensor(name, shape).dtype == dtype:
+        return reader.tensor(name)
+    copy = aligned_empty(shape, dtype)
+    for e in range(len(copy)):
+        # Mapped anew for each expert: what was read of a mapping counts as the process's memory while it lasts.
+        copy[e] = reader.tensor(name)[e]
     return copy
 
 

@@ -299,6 +299,46 @@ def test_float32(built, rng, model_type):
             assert_same_experts(routing.expert_indices, chosen)
 
 
+#: Sizes that fill no vector, many experts, other flags; inputs so large that every limit is met.
+VARIANTS = [
+    ("mixtral", {"num_local_experts": 70, "num_experts_per_tok": 7, "intermediate_size": 33, "hidden_act": "gelu"}),
+    ("olmoe", {"num_experts": 31, "num_experts_per_tok": 1, "intermediate_size": 7, "norm_topk_prob": True}),
+    ("qwen2_moe", {"num_experts": 3, "num_experts_per_tok": 3, "moe_intermediate_size": 23, "norm_topk_prob": True}),
+    ("deepseek_v2", {"topk_method": "greedy", "n_shared_experts": 1}),
+    ("deepseek_v3", {"n_routed_experts": 64, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 3}),
+    ("deepseek_v3", {"norm_topk_prob": False, "n_shared_experts": 3, "moe_intermediate_size": 7}),
+    ("dots1", {"norm_topk_prob": False, "n_group": 2, "topk_group": 1}),
+    ("axk2", {"n_group": None, "topk_group": None}),
+    ("phimoe", {"num_local_experts": 16, "router_jitter_noise": 0.05}),
+    ("gpt_oss", {"hidden_act": "gelu", "swiglu_alpha": 1.0, "swiglu_limit": 0.5, "intermediate_size": 63}),
+    ("deepseek_v4", {"swiglu_limit": 0.5, "scoring_func": "sigmoid"}),
+    ("minimax_m3_vl_text", {"swiglu_limit": 0.5}),
+    ("glm5_next_text", {"swiglu_limit": 0.5}),
+    ("longcat_flash", {"zero_expert_num": 5}),
+    ("lfm2_moe", {"use_expert_bias": False, "norm_topk_prob": False, "routed_scaling_factor": 0.7}),
+    ("cohere2_moe", {"expert_selection_fn": "sigmoid", "norm_topk_prob": False}),
+    ("laguna", {"moe_router_logit_softcapping": 0.0, "moe_routed_scaling_factor": 2.5}),
+    ("nemotron_h", {"mlp_hidden_act": "silu", "n_shared_experts": 2}),
+    ("switch_transformers", {"expert_capacity": 1, "num_experts": 2}),
+]
+
+
+@pytest.mark.parametrize(("model_type", "changes"), VARIANTS, ids=lambda value: value if type(value) is str else "")
+def test_other_configs(rng, tmp_path, model_type, changes):
+    model = build(model_type, **changes)
+    if any(hasattr(module, "_is_expert_parallel") for module in model.modules()):
+        model.set_experts_implementation("eager")  # grouped_mm does not take widths such as 7
+    model.save_pretrained(tmp_path)
+    number = list_moe_layers(tmp_path)[-1]
+    layer = MoeLayer.from_pretrained(tmp_path, number)
+    x = 3 * random_array(rng, TOKENS, 32)
+    expected, chosen = own_forward(model, number, x)
+    y, routing = layer(x)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    if chosen is not None and chosen.ndim == 2:
+        assert_same_experts(routing.expert_indices, chosen)
+
+
 @pytest.mark.parametrize("model_type", MODELS)
 def test_bfloat16(built, rng, model_type):
     model, path = built(model_type, "bfloat16")
