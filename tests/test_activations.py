@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from numba import njit
+from helpers import compiled
 from numpy.testing import assert_array_equal
 
 from moe_numba import reference
@@ -14,7 +14,7 @@ from moe_numba.simd.vector import load, pointer, store
 FUNCTIONS = sorted(reference.FUNCTIONS)
 
 
-@njit
+@compiled
 def _apply(code, x, out):
     for i in range(0, x.size, LANES):
         n = min(LANES, x.size - i)

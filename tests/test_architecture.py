@@ -38,7 +38,7 @@ LEVEL = {room: len(FLOORS) - i for i, rooms in enumerate(FLOORS) for room in roo
 
 #: Within a package of several files.
 WITHIN = {
-    "simd": ["target", "vector", "tile", "outer", "math", "atomic"],
+    "simd": ["target", "plain", "vector", "tile", "outer", "math", "atomic"],
     "kernels": ["activations", "projection", "plan", "scoring", "routing", "experts"],
     "integrations": ["__init__", "transformers"],
     "formats": ["format", "float32", "bfloat16", "__init__"],

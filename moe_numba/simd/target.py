@@ -59,3 +59,7 @@ def has_bf16_dot() -> bool:
 
 #: float32 values in one vector.
 LANES = register_bits() // 32
+
+#: Weight rows of every tile. 4 x 6 accumulators, 4 activation vectors and one weight vector
+#: fill 29 of 32 registers; 4 x 2 fill 13 of 16. At most LANES, for `tile.store_sums`.
+TILE_COLUMNS = min(6, LANES) if has_32_registers() else 2
