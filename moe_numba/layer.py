@@ -124,10 +124,11 @@ class MoeLayer:
         dtype = np.float32 if dtype is None else _check.float_dtype("dtype", dtype)
         tokens, shape = self._tokens(x)
         routing = self.router.route(tokens)
-        y = self._routed(tokens, routing)
-        if self.shared_experts is not None:
-            y += self._shared(tokens)
-        with np.errstate(over="ignore"):  # beyond float16 is inf
+        # As in kernels, what overflows is infinite and the difference of infinities NaN, without a warning.
+        with np.errstate(over="ignore", invalid="ignore"):
+            y = self._routed(tokens, routing)
+            if self.shared_experts is not None:
+                y += self._shared(tokens)
             return y.reshape(shape).astype(dtype, copy=False), routing
 
     __call__ = forward

@@ -12,7 +12,7 @@ settings.register_profile("quick", _unhurried, max_examples=30)
 #: Without the JIT a case takes a hundred times as long.
 settings.register_profile("plain", _unhurried, max_examples=10)
 #: By hand: docs/reliability.md.
-settings.register_profile("long", _unhurried, max_examples=2500)
+settings.register_profile("long", _unhurried, max_examples=2000)
 settings.load_profile("quick")
 
 

@@ -73,8 +73,10 @@ def block_reference(layer, x, routing):
             )
             for k in range(config.top_k)
         )
-        return sum(slots)
-    y = layer_reference(layer, x, routing)
+        lost = np.arange(config.top_k) >= routing.slots_used[:, None]
+        y = sum(np.where(lost[:, k : k + 1], 0, slot) for k, slot in enumerate(slots))
+    else:
+        y = layer_reference(layer, x, routing)
     for k in range(config.top_k):
         identity = indices[:, k] >= config.num_experts
         y[identity] += weights[identity, k : k + 1] * x[identity]
@@ -87,11 +89,11 @@ def block_reference(layer, x, routing):
     return y
 
 
-def assert_close(actual, expected, tolerance=TOLERANCE):
-    """Equal shapes, and differences below `tolerance` times the largest magnitude."""
+def assert_close(actual, expected, tolerance=TOLERANCE, least=1e-30):
+    """Equal shapes, and differences below `tolerance` times the largest magnitude, but at least `least`."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape
-    scale = max(np.abs(expected).max(initial=0.0), 1e-30)
+    scale = max(np.abs(expected).max(initial=0.0), least)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
 
 

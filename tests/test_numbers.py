@@ -33,13 +33,14 @@ pytestmark = pytest.mark.plain
 #: Tokens and widths at most: plain Python is slow.
 LARGEST = 20 if numba_config.DISABLE_JIT else 300
 #: Weights of a layer at most.
-MOST_WEIGHTS = 1_000_000
+MOST_WEIGHTS = 300_000
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES_OF_TOKENS = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.float64), BFLOAT16]
 KEPT_LAYOUT = {"as it is": lambda x: x} | LAYOUTS
 
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.integers(1, LARGEST) | st.sampled_from([1, 2, 15, 16, 17])
+token_counts = st.integers(0, min(LARGEST, 30)) | st.integers(0, LARGEST)
 layouts = st.sampled_from(sorted(KEPT_LAYOUT))
 booleans = st.booleans()
 
@@ -151,10 +152,10 @@ def assert_output(layer, x, y, routing):
     rounded = layer.config.dtype == "bfloat16"
     tokens = x.astype(np.float32)
     expected = block_reference(layer, tokens.astype(BFLOAT16).astype(np.float32) if rounded else tokens, routing)
-    assert_close(y, expected, 2**-6 if rounded else 4 * TOLERANCE)
+    assert_close(y, expected, 2**-6 if rounded else 4 * TOLERANCE, least=0.1)
 
 
-@given(data=st.data(), config=layer_configs(), tokens=st.integers(0, LARGEST), parallel=booleans)
+@given(data=st.data(), config=layer_configs(), tokens=token_counts, parallel=booleans)
 def test_any_layer(monkeypatch, data, config, tokens, parallel):
     monkeypatch.setattr(threads, "SERIAL_BELOW", 0 if parallel else 10**18)
     draw = data.draw
@@ -199,7 +200,7 @@ ROUTERS = {
 }
 
 
-@given(data=st.data(), config=layer_configs(), tokens=st.integers(0, LARGEST), parallel=booleans)
+@given(data=st.data(), config=layer_configs(), tokens=token_counts, parallel=booleans)
 def test_any_tokens(monkeypatch, data, config, tokens, parallel):
     """NaN, infinities, ties, logits of 1e30: rows are conserved and no token changes another."""
     monkeypatch.setattr(threads, "SERIAL_BELOW", 0 if parallel else 10**18)
@@ -227,7 +228,7 @@ def test_any_tokens(monkeypatch, data, config, tokens, parallel):
             assert_same_bits(layer(x[t])[0], y[t])
 
 
-@given(data=st.data(), options=experts_options(), tokens=st.integers(0, LARGEST), width=sizes, experts=sizes)
+@given(data=st.data(), options=experts_options(), tokens=token_counts, width=sizes, experts=sizes)
 def test_any_call_of_fused_experts(data, options, tokens, width, experts):
     draw = data.draw
     rng = np.random.default_rng(draw(seeds))
@@ -253,10 +254,10 @@ def test_any_call_of_fused_experts(data, options, tokens, width, experts):
         expected = np.zeros((tokens, width))
     else:
         expected = reference.experts_forward(plain, ids.astype(int), np.float64(weights), used, activation, up, down)
-    assert_close(y, expected, 2**-6 if bfloat16 else 4 * TOLERANCE)
+    assert_close(y, expected, 2**-6 if bfloat16 else 4 * TOLERANCE, least=0.1)
 
 
-@given(data=st.data(), options=experts_options(), width=sizes, hidden=sizes, tokens=st.integers(0, LARGEST))
+@given(data=st.data(), options=experts_options(), width=sizes, hidden=sizes, tokens=token_counts)
 def test_any_expert(data, options, width, hidden, tokens):
     """Standing alone and as a view of a layer."""
     draw = data.draw
@@ -272,14 +273,14 @@ def test_any_expert(data, options, width, hidden, tokens):
         tokens_in = plain.astype(BFLOAT16).astype(np.float32) if in_bfloat16 else plain
         expected = experts_reference(expert._experts, tokens_in, ones.astype(int) - 1, ones, ones[:, 0].astype(int))
         y = expert.forward_batch(x)
-        assert_close(y, expected, 2**-6 if in_bfloat16 else 4 * TOLERANCE)
+        assert_close(y, expected, 2**-6 if in_bfloat16 else 4 * TOLERANCE, least=0.1)
         if tokens:
             assert_same_bits(expert.forward(x[-1]), y[-1])
 
 
 @given(
     seed=seeds,
-    tokens=st.integers(0, LARGEST),
+    tokens=token_counts,
     experts=sizes,
     layout=layouts,
     scale=st.sampled_from([1, 30, 1e-39, 1e30]),
@@ -304,7 +305,7 @@ def test_any_logits(seed, tokens, experts, layout, scale, dtype):
 
 @given(
     seed=seeds,
-    tokens=st.integers(0, LARGEST),
+    tokens=token_counts,
     experts=sizes,
     width=sizes,
     noise_std=st.sampled_from([1e-3, 1.0, 30.0]),
