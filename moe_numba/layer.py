@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from . import _check, losses
-from ._files import read_tensors, write_tensors
+from ._files import write_tensors
+from ._safetensors import Safetensors
 from .config import ACTIVATIONS, DTYPES, MoeConfig, RouterConfig
 from .errors import CheckpointError, MoeValueError
 from .experts import experts_of, random_experts, shared_config
@@ -196,16 +197,21 @@ class MoeLayer:
     @classmethod
     def load(cls, path: str | PathLike, *, seed: int | None = 0) -> "MoeLayer":
         """The layer that `save` wrote; `seed` is that of the router's noise. Raises CheckpointError."""
-        tensors, metadata = read_tensors(path)
+        file = Safetensors(path)
         try:
-            config = MoeConfig.from_json(metadata["config"])
+            config = MoeConfig.from_json(file.metadata["config"])
         except (KeyError, MoeValueError) as error:
             raise CheckpointError(f"{path}: no moe_numba layer, its metadata has no valid config ({error})") from None
-        wanted = set(_tensor_shapes(config))
-        if set(tensors) != wanted:
-            raise CheckpointError(f"{path}: holds the tensors {sorted(tensors)}, but must hold {sorted(wanted)}")
+        wanted = _tensor_shapes(config)
+        if set(file.entries) != set(wanted):
+            names = f"{sorted(file.entries)!s:.500}"
+            raise CheckpointError(f"{path}: holds the tensors {names}, but must hold {sorted(wanted)}")
+        for name, shape in wanted.items():  # before a byte of what may be many gigabytes is read
+            if file.entries[name].shape != shape:
+                was = f"{file.entries[name].shape!s:.80}"
+                raise CheckpointError(f"{path}: tensor {name} has shape {was}, but must have {shape}")
         try:
-            return cls.from_weights(config, **tensors, seed=seed)
+            return cls.from_weights(config, **{name: file.read(name) for name in wanted}, seed=seed)
         except MoeValueError as error:
             raise CheckpointError(f"{path}: {error}") from None
 

@@ -147,12 +147,17 @@ def assert_conserved(layer, routing):
         assert len(set(chosen[:used].tolist())) == used
 
 
+def _tolerance(rounded):
+    """Tolerance and the magnitude that it is relative to at least: many hidden values may cancel out."""
+    return (2**-6, 1.0) if rounded else (4 * TOLERANCE, 0.1)
+
+
 def assert_output(layer, x, y, routing):
     """y is what the specification makes of x and the routing."""
     rounded = layer.config.dtype == "bfloat16"
     tokens = x.astype(np.float32)
     expected = block_reference(layer, tokens.astype(BFLOAT16).astype(np.float32) if rounded else tokens, routing)
-    assert_close(y, expected, 2**-6 if rounded else 4 * TOLERANCE, least=0.1)
+    assert_close(y, expected, *_tolerance(rounded))
 
 
 @given(data=st.data(), config=layer_configs(), tokens=token_counts, parallel=booleans)
@@ -254,7 +259,7 @@ def test_any_call_of_fused_experts(data, options, tokens, width, experts):
         expected = np.zeros((tokens, width))
     else:
         expected = reference.experts_forward(plain, ids.astype(int), np.float64(weights), used, activation, up, down)
-    assert_close(y, expected, 2**-6 if bfloat16 else 4 * TOLERANCE, least=0.1)
+    assert_close(y, expected, *_tolerance(bfloat16))
 
 
 @given(data=st.data(), options=experts_options(), width=sizes, hidden=sizes, tokens=token_counts)
@@ -273,7 +278,7 @@ def test_any_expert(data, options, width, hidden, tokens):
         tokens_in = plain.astype(BFLOAT16).astype(np.float32) if in_bfloat16 else plain
         expected = experts_reference(expert._experts, tokens_in, ones.astype(int) - 1, ones, ones[:, 0].astype(int))
         y = expert.forward_batch(x)
-        assert_close(y, expected, 2**-6 if in_bfloat16 else 4 * TOLERANCE, least=0.1)
+        assert_close(y, expected, *_tolerance(in_bfloat16))
         if tokens:
             assert_same_bits(expert.forward(x[-1]), y[-1])
 

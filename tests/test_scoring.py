@@ -157,6 +157,20 @@ def test_a_bad_token_becomes_nan_or_stays_a_choice_and_spoils_no_other(rng, rule
 
 
 @pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, 3e38])
+def test_infinite_logits_are_nan_whatever_the_scores(rng, rules, bad):
+    """Sigmoid and the cap would turn them into numbers."""
+    router = router_of(rng, RouterConfig(32, 32, 3, None, **RULES[rules]))
+    router.weight = np.full((32, 32), 2.0)
+    x = np.zeros((2, 32), np.float32)
+    x[0, 7] = bad
+    result = router.route(x)
+    assert np.isnan(result.routing_probs[0]).all()
+    assert np.isnan(result.expert_weights[0]).all()
+    assert np.isfinite(result.expert_weights[1]).all()
+
+
+@pytest.mark.parametrize("rules", RULES)
 def test_huge_logits(rng, rules):
     router = router_of(rng, RouterConfig(32, 32, 3, None, **RULES[rules]))
     result = router.route(spread_logits(rng, 20, 32, width=1e30))
