@@ -23,6 +23,8 @@ DTYPES = {
 }
 #: Bytes that a header or a JSON file may have. Those of published models have up to 10 MB.
 MOST_JSON = 16 * 2**20
+#: Bytes of JSON whose entries may be as short as they like.
+LEAST_DENSE = 2**20
 
 
 class Entry:
@@ -105,6 +107,10 @@ class Safetensors:
 
 def parse_json(text):
     """The values of JSON in which no object says anything twice. Raises ValueError or RecursionError."""
+    # An entry of a header or an index has a name and takes about a hundred bytes; megabytes of `{},` or
+    # `0,` would become gigabytes of Python objects.
+    if len(text) > LEAST_DENSE and (text.count(b",") > len(text) // 16 or text.count(b"{") > len(text) // 32):
+        raise ValueError(f"{len(text)} bytes of JSON with entries of a few bytes each")
     return json.loads(text, object_pairs_hook=_object)
 
 

@@ -58,8 +58,8 @@ class Checkpoint:
 
         But into blobs/ beside snapshots/, which is how Hugging Face's cache keeps the files of a model.
         """
-        home = self.path.resolve()
-        target = (home / name).resolve()
+        home = Path(os.path.realpath(self.path))
+        target = Path(os.path.realpath(home / name))
         homes = [home]
         if home.parent.name == "snapshots":
             homes.append(home.parent.parent / "blobs")

@@ -154,7 +154,7 @@ def test_a_damaged_record_is_refused(source, tmp_path, damage):
 def test_data_that_is_shorter_than_its_record_is_refused(source, tmp_path):
     stopped(layer_of({}), source, tmp_path / "y.npy", 200)
     os.truncate(tmp_path / "y.npy.part" / "data", 1000)
-    with pytest.raises(CheckpointError, match="is damaged .the data is shorter"):
+    with pytest.raises(CheckpointError, match="the data is shorter"):
         run(layer_of({}), source, tmp_path / "y.npy", BATCH, resume=True)
 
 
@@ -249,7 +249,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def command(folder, *options):
-    """`moe-numba run` over half a million tokens, in small batches."""
+    """`moe-numba run` over 100,000 tokens, in small batches."""
     arguments = ["run", "--input", "x.npy", "--output", "y.npy", "--batch-size", "512", "--json", *options]
     return subprocess.Popen(
         [sys.executable, "-c", _COMMAND, *arguments],
@@ -264,7 +264,7 @@ def command(folder, *options):
 def long_run(tmp_path_factory):
     """A folder with an input, the bytes that belong to it, and the seconds that they take."""
     folder = tmp_path_factory.mktemp("run")
-    x = np.random.default_rng(0).standard_normal((500_000, 64), np.float32).astype(np.float16)
+    x = np.random.default_rng(0).standard_normal((100_000, 64), np.float32).astype(np.float16)
     np.save(folder / "x.npy", x)
     process = command(folder)
     start = time.monotonic()
@@ -281,7 +281,7 @@ def long_run(tmp_path_factory):
 def test_killed_at_random_moments_and_continued(long_run, number):
     folder, expected, whole, seconds = long_run
     (folder / "y.npy").write_bytes(b"precious")
-    moments = np.random.default_rng(int(number)).uniform(0.3, 1, 4) * seconds
+    moments = np.random.default_rng(int(number)).uniform(0.3, 1, 3) * seconds
     for moment in moments:
         process = command(folder, "--resume")
         timer = threading.Timer(moment, process.send_signal, [number])
@@ -308,7 +308,7 @@ def test_killed_at_random_moments_and_continued(long_run, number):
 def test_ended_at_random_moments_nothing_is_left(long_run, number):
     folder, expected, _, seconds = long_run
     (folder / "y.npy").write_bytes(b"precious")
-    for moment in np.random.default_rng(int(number)).uniform(0.2, 1, 3) * seconds:
+    for moment in np.random.default_rng(int(number)).uniform(0.2, 1, 2) * seconds:
         process = command(folder)
         time.sleep(moment)
         for _ in range(3):  # an impatient user
