@@ -11,6 +11,8 @@ from moe_numba.kernels.activations import CODES, activate
 from moe_numba.simd.target import LANES
 from moe_numba.simd.vector import load, pointer, store
 
+pytestmark = pytest.mark.plain
+
 FUNCTIONS = sorted(reference.FUNCTIONS)
 
 

@@ -98,12 +98,16 @@ def experts_options(draw):
 
 
 @st.composite
-def layer_configs(draw):
+def layer_configs(draw, sparsemixer=booleans):
     """A MoeConfig of any kind, whose tokens are at least as wide as there are experts."""
     experts, identity = draw(sizes), draw(st.sampled_from([0, 0, 0, 3]))
     width = draw(st.integers(experts + identity, max(experts + identity, LARGEST)))
     hidden = min(draw(sizes), max(1, MOST_WEIGHTS // (experts * width)))
-    options = draw(experts_options()) | draw(limits()) | draw(rules(experts + identity))
+    options = draw(experts_options())
+    if draw(sparsemixer) and draw(booleans):
+        options |= {"sparsemixer_eps": 0.01, "capacity_factor": None, "top_k": draw(st.integers(1, min(experts, 8)))}
+    else:
+        options |= draw(limits()) | draw(rules(experts + identity))
     options["apply_router_weight_on_input"] = identity == 0 and draw(booleans)
     options["num_identity_experts"] = identity
     options["shared_hidden_dim"] = draw(st.sampled_from([0, 0, 5, 33]))
@@ -160,7 +164,7 @@ def assert_output(layer, x, y, routing):
     assert_close(y, expected, *_tolerance(rounded))
 
 
-@given(data=st.data(), config=layer_configs(), tokens=token_counts, parallel=booleans)
+@given(data=st.data(), config=layer_configs(sparsemixer=st.just(False)), tokens=token_counts, parallel=booleans)
 def test_any_layer(monkeypatch, data, config, tokens, parallel):
     monkeypatch.setattr(threads, "SERIAL_BELOW", 0 if parallel else 10**18)
     draw = data.draw

@@ -50,6 +50,8 @@ from moe_numba.simd.vector import (
     where_less,
 )
 
+pytestmark = pytest.mark.plain
+
 VALUES = np.float32([0.0, -0.0, 1.0, -1.0, 0.5, 1e-45, -1e-40, 3e38, -3e38, 1e30, np.inf, -np.inf, np.nan])
 
 

@@ -7,6 +7,8 @@ from numpy.testing import assert_array_equal
 from moe_numba.kernels.projection import ROW_BLOCK
 from moe_numba.plan import DispatchPlan
 
+pytestmark = pytest.mark.plain
+
 
 def _assert_plan(indices, used, num_experts):
     """Every promise of the layout, checked from the outside."""

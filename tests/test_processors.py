@@ -3,6 +3,8 @@
 import pytest
 from helpers import run_python
 
+pytestmark = pytest.mark.jit
+
 _CODE = """
 import ml_dtypes
 import numpy as np

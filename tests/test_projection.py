@@ -9,6 +9,8 @@ from moe_numba.kernels.projection import BLOCK_STEPS, CONSECUTIVE, ROW_BLOCK, pr
 from moe_numba.simd.target import LANES
 from moe_numba.simd.vector import pointer
 
+pytestmark = pytest.mark.plain
+
 
 @compiled
 def _project(a, row_ids, w, out, columns):

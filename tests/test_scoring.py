@@ -93,6 +93,7 @@ def test_rules_with_limits(rng, rules, overflow, limit):
     )
 
 
+@pytest.mark.plain
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_any_rules(data):

@@ -37,6 +37,8 @@ from moe_numba.simd.vector import (
     where_less,
 )
 
+pytestmark = pytest.mark.plain
+
 EXP, LOGISTIC, NORMAL_CDF, ROUND_EVEN, POWER_OF_TWO = range(5)
 
 # ---- memory ----
