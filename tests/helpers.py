@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from numba import njit
 
@@ -58,15 +59,15 @@ def layer_reference(layer, x, routing):
     )
 
 
-def block_reference(layer, x, routing):
-    """The whole block in float64, given the routing."""
+def block_reference(layer, x, routing, operand=lambda x: x):
+    """The whole block in float64, given the routing; `operand` rounds what experts multiply, as their format does."""
     config = layer.config
     indices, weights = routing.expert_indices, np.float64(routing.expert_weights)
     if config.apply_router_weight_on_input:
         slots = (
             experts_reference(
                 layer.experts,
-                x * weights[:, k : k + 1],
+                operand(x * weights[:, k : k + 1]),
                 indices[:, k : k + 1],
                 np.ones((len(x), 1)),
                 np.ones(len(x), int),
@@ -76,7 +77,7 @@ def block_reference(layer, x, routing):
         lost = np.arange(config.top_k) >= routing.slots_used[:, None]
         y = sum(np.where(lost[:, k : k + 1], 0, slot) for k, slot in enumerate(slots))
     else:
-        y = layer_reference(layer, x, routing)
+        y = layer_reference(layer, operand(x), routing)
     for k in range(config.top_k):
         identity = indices[:, k] >= config.num_experts
         y[identity] += weights[identity, k : k + 1] * x[identity]
@@ -85,8 +86,13 @@ def block_reference(layer, x, routing):
         gate = np.ones((len(x), 1))
         if layer.shared_gate is not None:
             gate = reference.sigmoid(np.float64(x) @ np.float64(layer.shared_gate.weight[0]))[:, None]
-        y += experts_reference(layer.shared_experts, x, zeros, gate, ones)
+        y += experts_reference(layer.shared_experts, operand(x), zeros, gate, ones)
     return y
+
+
+def as_bfloat16(x):
+    """x rounded to bfloat16, as float32."""
+    return np.float32(x).astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 def assert_close(actual, expected, tolerance=TOLERANCE, least=1e-30):

@@ -12,6 +12,7 @@ from helpers import (
     ALL_ACTIVATIONS,
     LAYOUTS,
     TOLERANCE,
+    as_bfloat16,
     assert_close,
     assert_routing,
     assert_same_bits,
@@ -159,8 +160,7 @@ def _tolerance(rounded):
 def assert_output(layer, x, y, routing):
     """y is what the specification makes of x and the routing."""
     rounded = layer.config.dtype == "bfloat16"
-    tokens = x.astype(np.float32)
-    expected = block_reference(layer, tokens.astype(BFLOAT16).astype(np.float32) if rounded else tokens, routing)
+    expected = block_reference(layer, np.float32(x), routing, *([as_bfloat16] if rounded else []))
     assert_close(y, expected, *_tolerance(rounded))
 
 
@@ -257,7 +257,7 @@ def test_any_call_of_fused_experts(data, options, tokens, width, experts):
     y = fused_experts(*laid_out, activation)
     plain = x.astype(np.float32)
     if bfloat16:
-        plain = plain.astype(BFLOAT16).astype(np.float32)
+        plain = as_bfloat16(plain)
     used = np.full(tokens, top_k)
     if top_k == 0:
         expected = np.zeros((tokens, width))
@@ -279,7 +279,7 @@ def test_any_expert(data, options, width, hidden, tokens):
     plain = np.float32(x)
     ones = np.ones((tokens, 1))
     for expert, in_bfloat16 in ((alone, False), (one_of_three, rounded)):
-        tokens_in = plain.astype(BFLOAT16).astype(np.float32) if in_bfloat16 else plain
+        tokens_in = as_bfloat16(plain) if in_bfloat16 else plain
         expected = experts_reference(expert._experts, tokens_in, ones.astype(int) - 1, ones, ones[:, 0].astype(int))
         y = expert.forward_batch(x)
         assert_close(y, expected, *_tolerance(in_bfloat16))
