@@ -113,7 +113,7 @@ def activation_of(family, config) -> str:
     """Key of config.ACTIVATIONS for the activation that a model's config names."""
     name = family.activation.read(config)
     known = _GATED if family.gated else _PLAIN
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise CheckpointError(f"config.json: the activation is {name!r}, but must be one of {', '.join(known)}")
     return known[name]
 

@@ -54,29 +54,30 @@ def read_block(path, layer, dtype=None) -> tuple[MoeConfig, dict[str, np.ndarray
         is_bfloat16 = reader.tensor(stored.down.format(e=0)).dtype == FORMATS["bfloat16"].values
         dtype = "bfloat16" if is_bfloat16 else "float32"
 
-    fields = {"capacity_factor": None} | {name: value(key) for name, key in family.routing.items()}
-    fields |= {
-        "num_experts": value(family.num_experts),
-        "top_k": value(family.top_k),
-        "input_dim": input_dim,
-        "hidden_dim": value(family.hidden_dim),
-        "activation": activation_of(family, values),
-        "bias": stored.up_bias is not None,
-        "dtype": dtype,
-        "transposed": stored.transposed,
-        "interleaved": stored.interleaved,
-        "router_bias": family.router_bias is not None,
-        "selection_bias": bool(family.selection_bias) and bool(value(family.biased)),
-        "shared_gate": family.shared_gate is not None,
-    }
     shared = None
-    if family.shared and value(family.num_shared):
-        shared = _find_stored(reader, family.shared, input_dim)
-        fields["shared_hidden_dim"] = reader.tensor(shared.down).shape[-1]
     try:
+        fields = {"capacity_factor": None} | {name: value(key) for name, key in family.routing.items()}
+        fields |= {
+            "num_experts": value(family.num_experts),
+            "top_k": value(family.top_k),
+            "input_dim": input_dim,
+            "hidden_dim": value(family.hidden_dim),
+            "activation": activation_of(family, values),
+            "bias": stored.up_bias is not None,
+            "dtype": dtype,
+            "transposed": stored.transposed,
+            "interleaved": stored.interleaved,
+            "router_bias": family.router_bias is not None,
+            "selection_bias": bool(family.selection_bias) and bool(value(family.biased)),
+            "shared_gate": family.shared_gate is not None,
+        }
+        if family.shared and value(family.num_shared):
+            shared = _find_stored(reader, family.shared, input_dim)
+            fields["shared_hidden_dim"] = reader.tensor(shared.down).shape[-1]
         config = MoeConfig(**fields)
-    except (MoeValueError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint.path / 'config.json'}: {error}") from None
+    except (MoeValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        reason = error if isinstance(error, MoeValueError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{checkpoint.path / 'config.json'}: {reason!s:.500}") from None
     arrays = _router_arrays(reader, family, config) | _expert_arrays(reader, stored, config)
     if shared is not None:
         arrays |= _shared_arrays(reader, shared, family.shared_gate, config)
@@ -231,6 +232,7 @@ def _expert_arrays(reader, stored, config):
 
 def _gather(reader, stored, experts, up_shape, down_shape, dtype):
     """[up (E, F or 2F, H), down (E, H, F)] from a tensor for each expert, without a second copy of any two."""
+    _parts_of_expert(reader, stored, 0, up_shape, down_shape)  # before memory is taken for what may not be there
     up, down = (aligned_empty((experts, *shape), dtype) for shape in (up_shape, down_shape))
     for e in range(experts):
         _copy_expert(reader, stored, e, up[e], down[e])
@@ -246,14 +248,18 @@ def _leave_identity_experts(reader, stored, config):
 
 
 def _copy_expert(reader, stored, e, up, down):
-    rows, width = up.shape
-    first = 0
+    *parts, last = _parts_of_expert(reader, stored, e, up.shape, down.shape)
+    for target, part in zip(np.split(up, len(parts)), parts, strict=True):
+        target[...] = part
+    down[...] = last
+
+
+def _parts_of_expert(reader, stored, e, up_shape, down_shape):
+    """The tensors of one expert, mapped: gate and up or only up, and down."""
+    rows, width = up_shape
     names = [stored.up] if stored.gate is None else [stored.gate, stored.up]
-    for name in names:
-        n = rows // len(names)
-        up[first : first + n] = reader.tensor(name.format(e=e), (n, width))
-        first += n
-    down[...] = reader.tensor(stored.down.format(e=e), down.shape)
+    parts = [reader.tensor(name.format(e=e), (rows // len(names), width)) for name in names]
+    return [*parts, reader.tensor(stored.down.format(e=e), down_shape)]
 
 
 def _stacked(reader, name, shape, dtype):

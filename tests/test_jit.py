@@ -7,6 +7,8 @@ from helpers import PACKAGE, run_python
 
 from moe_numba import _jit
 
+pytestmark = pytest.mark.jit
+
 COUNT_COMPILATIONS = """
 from numba.core import event
 class Count(event.Listener):

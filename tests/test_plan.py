@@ -10,6 +10,8 @@ from moe_numba.plan import DispatchPlan
 
 ENGINES = (VECTORS, AMX)  # AMX's plan can be made on any processor
 
+pytestmark = pytest.mark.plain
+
 
 def _assert_plan(indices, used, num_experts, engine):
     """Every promise of the layout, checked from the outside."""

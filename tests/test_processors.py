@@ -5,6 +5,8 @@ from helpers import run_python
 
 from moe_numba.simd.target import has_bf16_dot
 
+pytestmark = pytest.mark.jit
+
 _CODE = """
 import ml_dtypes
 import numpy as np

@@ -93,6 +93,7 @@ def test_rules_with_limits(rng, rules, overflow, limit):
     )
 
 
+@pytest.mark.plain
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_any_rules(data):
@@ -154,6 +155,20 @@ def test_a_bad_token_becomes_nan_or_stays_a_choice_and_spoils_no_other(rng, rule
     others = np.arange(6) != 2
     assert_same_bits(result.expert_weights[others], good.expert_weights[others])
     assert_array_equal(result.expert_indices[others], good.expert_indices[others])
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, 3e38])
+def test_infinite_logits_are_nan_whatever_the_scores(rng, rules, bad):
+    """Sigmoid and the cap would turn them into numbers."""
+    router = router_of(rng, RouterConfig(32, 32, 3, None, **RULES[rules]))
+    router.weight = np.full((32, 32), 2.0)
+    x = np.zeros((2, 32), np.float32)
+    x[0, 7] = bad
+    result = router.route(x)
+    assert np.isnan(result.routing_probs[0]).all()
+    assert np.isnan(result.expert_weights[0]).all()
+    assert np.isfinite(result.expert_weights[1]).all()
 
 
 @pytest.mark.parametrize("rules", RULES)

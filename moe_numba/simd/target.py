@@ -66,7 +66,7 @@ def has_amx() -> bool:
     Linux saves the unit's registers, 8 KiB, only for processes that have asked for it; children inherit the
     permission (Linux kernel documentation, x86/xstate). Not asked for before the first layer that wants it.
     """
-    if "amx-bf16" not in cpu_features() or not sys.platform.startswith("linux"):
+    if config.DISABLE_JIT or "amx-bf16" not in cpu_features() or not sys.platform.startswith("linux"):
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
@@ -74,3 +74,7 @@ def has_amx() -> bool:
 
 #: float32 values in one vector.
 LANES = register_bits() // 32
+
+#: Weight rows of every tile. 4 x 6 accumulators, 4 activation vectors and one weight vector
+#: fill 29 of 32 registers; 4 x 2 fill 13 of 16. At most LANES, for `tile.store_sums`.
+TILE_COLUMNS = min(6, LANES) if has_32_registers() else 2
