@@ -1,6 +1,7 @@
 """The MoE block of a published model, from its checkpoint: config and arrays for MoeLayer.from_weights."""
 
 import re
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -48,14 +49,15 @@ def read_block(path, layer, dtype=None) -> tuple[MoeConfig, dict[str, np.ndarray
         found = key.read(values) if isinstance(key, Key) else key(values) if callable(key) else key
         return found[layer] if isinstance(found, list) and isinstance(layer, int) else found
 
-    input_dim = value(family.input_dim)
+    with _config_errors(checkpoint):
+        input_dim = value(family.input_dim)
     stored = _find_stored(reader, family.experts, input_dim)
     if dtype is None:
         is_bfloat16 = reader.tensor(stored.down.format(e=0)).dtype == FORMATS["bfloat16"].values
         dtype = "bfloat16" if is_bfloat16 else "float32"
 
     shared = None
-    try:
+    with _config_errors(checkpoint):
         fields = {"capacity_factor": None} | {name: value(key) for name, key in family.routing.items()}
         fields |= {
             "num_experts": value(family.num_experts),
@@ -75,14 +77,21 @@ def read_block(path, layer, dtype=None) -> tuple[MoeConfig, dict[str, np.ndarray
             shared = _find_stored(reader, family.shared, input_dim)
             fields["shared_hidden_dim"] = reader.tensor(shared.down).shape[-1]
         config = MoeConfig(**fields)
-    except (MoeValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        reason = error if isinstance(error, MoeValueError) else f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{checkpoint.path / 'config.json'}: {reason!s:.500}") from None
     arrays = _router_arrays(reader, family, config) | _expert_arrays(reader, stored, config)
     if shared is not None:
         arrays |= _shared_arrays(reader, shared, family.shared_gate, config)
     reader.check_all_used()
     return config, arrays
+
+
+@contextmanager
+def _config_errors(checkpoint):
+    """What a config that is not as its model_type says leads to, as a CheckpointError."""
+    try:
+        yield
+    except (MoeValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        reason = error if isinstance(error, MoeValueError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{checkpoint.path / 'config.json'}: {reason!s:.500}") from None
 
 
 def _family(checkpoint):
