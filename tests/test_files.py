@@ -369,7 +369,7 @@ def test_links_to_devices_to_themselves_and_to_nothing(model, target):
 
 
 @pytest.mark.parametrize(
-    "name", ["a\0.safetensors", "\ud800.safetensors", "x" * 5000 + ".safetensors", "a/b.safetensors"]
+    "name", ["a\0.safetensors", "\ud800.safetensors", "x" * 300 + ".safetensors", "a/b.safetensors"]
 )
 def test_names_that_no_file_can_have(model, name):
     index = model / "model.safetensors.index.json"
