@@ -22,8 +22,8 @@ def open_tokens(path) -> "Tokens":
         raise CheckpointError(f"{path}: the name must end in .npy or .safetensors")
     try:
         return Tokens(path, *kinds[path.suffix](path))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (OSError, ValueError) as error:  # ValueError: a character that no name of a file has
+        raise CheckpointError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
 class Tokens:

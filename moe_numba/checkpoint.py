@@ -34,8 +34,9 @@ class Checkpoint:
         if not isinstance(files, dict):
             raise CheckpointError(f"{path}: must hold an object weight_map")
         for name, file in files.items():
-            if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
-                raise CheckpointError(f"{path}: tensor {name} is said to be in {file!r}, which is no file beside it")
+            if not isinstance(file, str) or file != os.path.basename(file) or not file.endswith(".safetensors"):
+                where = f"is said to be in {file!r:.80}, which is no file beside it"
+                raise CheckpointError(f"{path}: tensor {name:.200} {where}")
         return files
 
     def __contains__(self, name):
@@ -59,7 +60,10 @@ class Checkpoint:
         But into blobs/ beside snapshots/, which is how Hugging Face's cache keeps the files of a model.
         """
         home = Path(os.path.realpath(self.path))
-        target = Path(os.path.realpath(home / name))
+        try:
+            target = Path(os.path.realpath(home / name))
+        except ValueError as error:  # a character that no name of a file has
+            raise CheckpointError(f"{self.path}: cannot hold a file {name!r:.80} ({error})") from None
         homes = [home]
         if home.parent.name == "snapshots":
             homes.append(home.parent.parent / "blobs")

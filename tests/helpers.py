@@ -127,6 +127,14 @@ def assert_routing(result, top_k, capacity_factor, overflow):
     assert result.num_dropped == (0 if capacity is None else np.count_nonzero(used == 0))
 
 
+def assert_same_routing(result, expected):
+    """`result` is what the specification says: choices and counts exactly, weights and scores rounded."""
+    for name in ("expert_indices", "slots_used", "expert_counts", "num_dropped"):
+        np.testing.assert_array_equal(getattr(result, name), getattr(expected, name))
+    for name in ("expert_weights", "routing_probs"):
+        np.testing.assert_allclose(getattr(result, name), getattr(expected, name), rtol=1e-5, atol=1e-9)
+
+
 def guarded_copy(array):
     """A copy whose last byte is the last of a page, with a page behind it that cannot be read."""
     page = mmap.PAGESIZE

@@ -368,6 +368,24 @@ def test_links_to_devices_to_themselves_and_to_nothing(model, target):
         MoeLayer.from_pretrained(model, 1)
 
 
+@pytest.mark.parametrize(
+    "name", ["a\0.safetensors", "\ud800.safetensors", "x" * 300 + ".safetensors", "a/b.safetensors"]
+)
+def test_names_that_no_file_can_have(model, name):
+    index = model / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weight_map, name)}))
+    assert_refused_or_read(model)
+    with pytest.raises(CheckpointError):
+        MoeLayer.from_pretrained(model, 1)
+
+
+def test_an_index_of_many_names(model):
+    names = {f"{i:09}": f"{i:x}.safetensors" for i in range(MOST_JSON // 40)}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert_refused_or_read(model)
+
+
 def test_links_within_the_directory_and_to_it(model):
     expected = MoeLayer.from_pretrained(model, 1).experts.up
     (model / "model-00000.safetensors").rename(model / "stored")

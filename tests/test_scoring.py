@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from helpers import assert_same_bits, random_array
+from helpers import assert_same_bits, assert_same_routing, random_array
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
@@ -62,12 +62,7 @@ def assert_as_reference(router, logits):
     result = router.route(logits)
     biases = (0.0 if b is None else b for b in (router.bias, router.e_score_correction_bias))
     expected = reference.route_logits(logits, router.config, *biases)
-    assert_array_equal(result.expert_indices, expected.expert_indices)
-    assert_array_equal(result.slots_used, expected.slots_used)
-    assert_array_equal(result.expert_counts, expected.expert_counts)
-    assert result.num_dropped == expected.num_dropped
-    assert_allclose(result.expert_weights, expected.expert_weights, rtol=3e-6, atol=1e-9)
-    assert_allclose(result.routing_probs, expected.routing_probs, rtol=3e-6, atol=1e-9)
+    assert_same_routing(result, expected)
     return result
 
 
