@@ -113,7 +113,7 @@ def activation_of(family, config) -> str:
     """Key of config.ACTIVATIONS for the activation that a model's config names."""
     name = family.activation.read(config)
     known = _GATED if family.gated else _PLAIN
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise CheckpointError(f"config.json: the activation is {name!r}, but must be one of {', '.join(known)}")
     return known[name]
 
@@ -229,8 +229,8 @@ FAMILIES: dict[str, Family] = {
         {
             "norm_topk_prob": False,
             "routed_scaling_factor": key("routed_scaling_factor", default=1.0),
-            "n_group": lambda config: config["n_group"] if _by_group(config) else 1,
-            "topk_group": lambda config: config["topk_group"] if _by_group(config) else None,
+            "n_group": lambda config: config.get("n_group", 1) if _by_group(config) else 1,
+            "topk_group": lambda config: config.get("topk_group") if _by_group(config) else None,
         },
         shared=_SHARED_EXPERTS,
         check=_refuse("topk_method", "greedy", "group_limited_greedy"),
