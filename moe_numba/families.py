@@ -229,8 +229,8 @@ FAMILIES: dict[str, Family] = {
         {
             "norm_topk_prob": False,
             "routed_scaling_factor": key("routed_scaling_factor", default=1.0),
-            "n_group": lambda config: config["n_group"] if _by_group(config) else 1,
-            "topk_group": lambda config: config["topk_group"] if _by_group(config) else None,
+            "n_group": lambda config: config.get("n_group", 1) if _by_group(config) else 1,
+            "topk_group": lambda config: config.get("topk_group") if _by_group(config) else None,
         },
         shared=_SHARED_EXPERTS,
         check=_refuse("topk_method", "greedy", "group_limited_greedy"),

@@ -47,7 +47,9 @@ def read_block(path, layer, dtype=None) -> tuple[MoeConfig, dict[str, np.ndarray
 
     def value(key):
         found = key.read(values) if isinstance(key, Key) else key(values) if callable(key) else key
-        return found[layer] if isinstance(found, list) and isinstance(layer, int) else found
+        if isinstance(found, list) and isinstance(layer, int):  # one value for each layer
+            return found[layer] if layer < len(found) else None
+        return found
 
     with _config_errors(checkpoint):
         input_dim = value(family.input_dim)
@@ -75,7 +77,7 @@ def read_block(path, layer, dtype=None) -> tuple[MoeConfig, dict[str, np.ndarray
         }
         if family.shared and value(family.num_shared):
             shared = _find_stored(reader, family.shared, input_dim)
-            fields["shared_hidden_dim"] = reader.tensor(shared.down).shape[-1]
+            fields["shared_hidden_dim"] = _width(reader, shared.down, input_dim)
         config = MoeConfig(**fields)
     arrays = _router_arrays(reader, family, config) | _expert_arrays(reader, stored, config)
     if shared is not None:
@@ -124,17 +126,23 @@ def _stack(block):
 
 def _find_block(checkpoint, family, layer):
     """The beginning of the names of a layer's tensors."""
+    names = []
     for block in _blocks(family):
         number = str(layer)
         if _stack(block):
             stack, _, number = number.partition(".")
             if stack != _stack(block):
                 continue
-        name = block.format(layer=number)
-        if _full(name, family.router) in checkpoint:
-            return name
-    layers = list_moe_layers(checkpoint.path)
-    raise CheckpointError(f"{checkpoint.path}: layer {layer!r} is no Mixture of Experts; those are {layers}")
+        names.append(block.format(layer=number))
+        if _full(names[-1], family.router) in checkpoint:
+            return names[-1]
+    message = (
+        f"{checkpoint.path}: layer {layer!r} is no Mixture of Experts; those are {list_moe_layers(checkpoint.path)}"
+    )
+    begun = next((name for name in names if any(tensor.startswith(f"{name}.experts.") for tensor in checkpoint)), None)
+    if begun is not None:
+        message += f". It has experts, but no tensor {_full(begun, family.router)}"
+    raise CheckpointError(message)
 
 
 def _find_stored(reader, ways, input_dim):
@@ -198,6 +206,14 @@ def _vector(reader, name, size):
             f"{reader.path}: tensor {reader.full(name)} has shape {tensor.shape}, but must have ({size},)"
         )
     return np.array(tensor, np.float32).reshape(size)
+
+
+def _width(reader, name, rows):
+    """Columns of a matrix with so many rows; at least one."""
+    shape = reader.tensor(name).shape
+    if len(shape) != 2 or shape[0] != rows or shape[1] == 0:
+        raise CheckpointError(f"{reader.path}: tensor {reader.full(name)} has shape {shape}, but must have ({rows}, S)")
+    return shape[1]
 
 
 def _router_arrays(reader, family, config):

@@ -1,5 +1,6 @@
 """Every family's block from its checkpoint against the block of Hugging Face transformers itself."""
 
+import contextlib
 import json
 import re
 
@@ -10,8 +11,9 @@ torch = pytest.importorskip("torch", reason="the models of the families are buil
 transformers = pytest.importorskip("transformers", reason="pip install transformers, after torch")
 
 from helpers import random_array  # noqa: E402
+from safetensors.numpy import load_file, save_file  # noqa: E402
 
-from moe_numba import MoeLayer, list_moe_layers  # noqa: E402
+from moe_numba import CheckpointError, MoeLayer, list_moe_layers  # noqa: E402
 from moe_numba.families import FAMILIES  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of torch and transformers
@@ -337,6 +339,41 @@ def test_other_configs(rng, tmp_path, model_type, changes):
     np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     if chosen is not None and chosen.ndim == 2:
         assert_same_experts(routing.expert_indices, chosen)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "qwen2_moe", "gpt_oss", "nemotron_h", "granitemoeshared"])
+def test_broken_checkpoints_are_refused(built, tmp_path, model_type):
+    """Whatever is missing, of another shape or no number: CheckpointError, or a layer that works."""
+    _, path = built(model_type)
+    number = list_moe_layers(path)[-1]
+    tensors = {}
+    for file in path.glob("*.safetensors"):
+        tensors |= load_file(file)
+    config = json.loads((path / "config.json").read_text())
+
+    def attempt(config=config, tensors=tensors):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        save_file(tensors, tmp_path / "model.safetensors")
+        layer = MoeLayer.from_pretrained(tmp_path, number)
+        layer(np.zeros((2, layer.config.input_dim), np.float32))
+
+    attempt()
+    about = ("expert", "group", "hidden", "intermediate", "scaling", "limit", "act", "norm_topk", "topk_method")
+    for name in [name for name in config if any(word in name for word in about)]:
+        others = [config | {name: value} for value in (None, [1], {}, "x", -1, 0, 1.5)]
+        for changed in [*others, {key: value for key, value in config.items() if key != name}]:
+            with contextlib.suppress(CheckpointError):
+                attempt(changed)
+    block = [name for name in tensors if re.search(rf"layers\.{number}\.(mlp|mixer|block_sparse_moe|shared_mlp)", name)]
+    assert block
+    for name in block:
+        array = tensors[name]
+        for wrong in (array.reshape(-1, 1), array[..., :-1].copy(), np.array(0, "f"), np.zeros((0, 4), "f")):
+            with pytest.raises(CheckpointError, match="tensor"):
+                attempt(tensors=tensors | {name: wrong})
+        is_granites_router = model_type == "granitemoeshared" and "router" in name  # its experts have other names
+        with pytest.raises(CheckpointError, match="is no Mixture" if is_granites_router else re.escape(name)):
+            attempt(tensors={other: array for other, array in tensors.items() if other != name})
 
 
 @pytest.mark.parametrize("model_type", MODELS)
