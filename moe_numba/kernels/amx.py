@@ -45,11 +45,10 @@ from .plan import Rows, columns_per_piece, most_rows, piece
 
 #: Rows that share one pass over the weights: with 512, Mixtral reads them once for 2,048 tokens.
 ROW_BLOCK = 512
-#: Rows up to which weights pass once, whole rows at a time: the time is the memory's.
-FEW_ROWS = 64
-#: Values along K of more rows at a time: 2 groups of tokens are then 32 KiB of a first-level cache of 48 KiB, while
-#: weights come from the second.
-DEPTH_BLOCK = 256
+#: Values of tokens per pass over the weights: 1 MiB of a second-level cache of 2 MiB, while the weights stream past.
+#: Only what does not fit takes K in several passes: rows in pieces come from memory at half the speed
+#: (olmoe, T = 512: the first projection took 95 ms on one thread instead of 54).
+PASS_VALUES = 2**19
 #: Output columns per piece of work are a multiple of this.
 COLUMN_BLOCK = 2 * TILE
 #: float32 sums of one thread: 512 KiB of a second-level cache of 2 MiB.
@@ -163,9 +162,9 @@ def _strip_rows(strips, columns):
 def _multiply(w, strips, columns, length, then, tokens, tokens_stride, groups, out, tails):
     """out[pair of strips, group, strip, row, token] = products of an expert's weights from `w` on.
 
-    Few rows: a pair of strips after the other, whole rows, read from memory as one stream. Many rows: a block of K
-    after the other, in each of which 2 groups stay in the first-level cache while all strips pass by.
-    Either way each tile asks for its share of the weights that come next, and a sum is added up in order of K.
+    A pair of strips meets all groups before the next pair, whose rows are fetched meanwhile, each tile its share.
+    The more groups, the more weights come from the second-level cache. The first-level cache holds neither
+    operand of a whole row; smaller blocks of K in which it would were slower, because sums then come and go.
 
     columns  that exist, of all strips
     length   values summed
@@ -173,42 +172,38 @@ def _multiply(w, strips, columns, length, then, tokens, tokens_stride, groups, o
     tokens   packed; a group begins every tokens_stride values
     """
     pairs = (columns + strips.columns - 1) // strips.columns
-    few = groups * TILE <= FEW_ROWS
-    depth = length if few else DEPTH_BLOCK
-    together = 1 if few else pairs
+    depth = max(1, PASS_VALUES // (groups * TILE * DEPTH)) * DEPTH
     for k in range(0, length, depth):
         size = min(depth, length - k)
-        for start in range(0, pairs, together):
+        for p in range(pairs):
+            at = p * strips.pair + k
+            rows0, rows1, second = _strip_rows(strips, columns - p * strips.columns)
+            after = k + depth if k + depth < length else then  # the last pair
+            ahead = strips.pair if p + 1 < pairs else after - at
+            partial = rows0 < TILE or rows1 < TILE
+            if partial:
+                _configure(rows0, rows1)
             for group in range(0, groups, 2):
-                first_line = TILE * group // groups
-                lines = TILE * min(group + 2, groups) // groups - first_line
-                for p in range(start, min(start + together, pairs)):
-                    at = p * strips.pair + k
-                    if few:
-                        ahead = at + strips.pair if p + 1 < pairs else then
-                        # Whole rows lie end to end; of gate and up in two places, otherwise in one.
-                        second_half = strips.second if strips.pair == TILE * length else TILE * length
-                        near = ahead - at + first_line * length
-                        fetch = (near, near + second_half, lines * DEPTH, lines, DEPTH)
-                    else:
-                        ahead = at + depth if k + depth < length else then + p * strips.pair
-                        near = ahead - at + first_line * strips.row
-                        fetch = (near, near + strips.second, DEPTH, lines, strips.row)
-                    rows0, rows1, second = _strip_rows(strips, columns - p * strips.columns)
-                    partial = rows0 < TILE or rows1 < TILE
-                    if partial:
-                        _configure(rows0, rows1)
-                    v = offset(w, at)
-                    t = offset(tokens, group * tokens_stride + k * TILE)
-                    c = offset(out, (p * groups + group) * 2 * SUMS)
-                    strip_rows = (rows0, rows1)
-                    if group + 1 < groups:
-                        tokens_at, out_at = (0, tokens_stride), (0, 2 * SUMS)
-                        _tile(v, second, strips.row, strip_rows, size, t, tokens_at, fetch, k == 0, c, out_at, tails)
-                    else:
-                        _tile(v, second, strips.row, strip_rows, size, t, (0,), fetch, k == 0, c, (0,), tails)
-                    if partial:
-                        _configure(TILE, TILE)
+                line = TILE * group // groups
+                lines = TILE * min(group + 2, groups) // groups - line
+                if size == length:  # whole rows lie end to end, those of gate and up in two places
+                    near = ahead + line * length
+                    far = near + (strips.second if strips.pair == TILE * length else TILE * length)
+                    fetch = (near, far, lines * DEPTH, lines, DEPTH)
+                else:
+                    near = ahead + line * strips.row
+                    fetch = (near, near + strips.second, DEPTH, lines, strips.row)
+                v = offset(w, at)
+                t = offset(tokens, group * tokens_stride + k * TILE)
+                c = offset(out, (p * groups + group) * 2 * SUMS)
+                strip_rows = (rows0, rows1)
+                if group + 1 < groups:
+                    tokens_at, out_at = (0, tokens_stride), (0, 2 * SUMS)
+                    _tile(v, second, strips.row, strip_rows, size, t, tokens_at, fetch, k == 0, c, out_at, tails)
+                else:
+                    _tile(v, second, strips.row, strip_rows, size, t, (0,), fetch, k == 0, c, (0,), tails)
+            if partial:
+                _configure(TILE, TILE)
 
 
 @inline
