@@ -16,6 +16,7 @@ from ..simd.outer import (
     outer_step_size,
     store_outer,
 )
+from ..simd.target import ONE_STREAM
 from ..simd.tile import (
     TILE_COLUMNS,
     TILE_ROWS,
@@ -107,9 +108,10 @@ def _strip(a, a_stride, row_ids, rows, w, columns_at, n, size, ahead, ahead_stri
 def project(a, a_stride, row_ids, rows, w, columns, length, then, out, out_stride):
     """out[r, j] = a[row_ids[r]] . w[j] for r < rows (at most ROW_BLOCK) and j < columns.
 
-    Few and short rows meet one weight row at a time, the whole length of it, if it is long: the time is
-    the memory's, which reads one stream fastest. More rows meet TILE_COLUMNS weight rows at a time, a
-    block of K after the other, while the next weight rows are fetched.
+    Rows meet TILE_COLUMNS weight rows at a time, a block of K after the other, while the next weight rows are
+    fetched. On processors that read one stream fastest, few and short rows meet one weight row at a time, the
+    whole length of it, if it is long. (olmoe, float32, T = 1: 95 % of the memory's rate one by one on an EPYC, and
+    68 % on a Xeon, where six at a time read at 88 %.)
 
     All but the integers are pointers:
 
@@ -123,7 +125,8 @@ def project(a, a_stride, row_ids, rows, w, columns, length, then, out, out_strid
     block = BLOCK_STEPS * step_size(a, w)
     span = max(1, PASS_LINES * line_size(a) // (rows * block)) * block
     streamed = (
-        rows <= TILE_ROWS
+        ONE_STREAM
+        and rows <= TILE_ROWS
         and length >= STREAM_LINES * line_size(w)
         and rows * length <= STREAM_ACTIVATIONS * line_size(a)
     )

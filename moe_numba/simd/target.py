@@ -72,6 +72,10 @@ def has_amx() -> bool:
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
+#: True where memory is read fastest as one stream, which the processor fetches ahead by itself: AMD. Processors of
+#: Intel read several rows side by side faster, if asked for the next ones.
+ONE_STREAM = cpu_name().startswith("znver")
+
 #: float32 values in one vector.
 LANES = register_bits() // 32
 
