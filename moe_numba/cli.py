@@ -26,7 +26,7 @@ from .layer import MoeLayer
 from .pretrained import list_moe_layers
 from .simd import target
 from .simd.tile import TILE_COLUMNS, TILE_ROWS
-from .threads import get_num_threads, set_num_threads
+from .threads import get_num_threads, set_num_threads, threading_layer
 
 DATA = Path(__file__).parent / "data"
 BAR_WIDTH = 40
@@ -171,6 +171,7 @@ def _load_layer(options):
 def _progress_bar():
     from tqdm import tqdm
 
+    tqdm.monitor_interval = 0  # no thread that watches the bar: beside another thread workqueue computes serially
     # disable=None: only on a terminal. delay: only if the run takes longer than that, in seconds.
     return tqdm(unit=" tokens", unit_scale=True, delay=1.0, disable=None, leave=False)
 
@@ -226,7 +227,6 @@ def _info(options):
 
 
 def _facts():
-    threads = get_num_threads()  # starts Numba's threads, after which the layer is known
     features = target.cpu_features()
     used = [name for name in ("avx512f", "avx2", "fma", "neon") if name in features]
     lanes = target.LANES
@@ -237,8 +237,8 @@ def _facts():
         "instruction_sets": used or ["those of " + target.cpu_name()],
         "vector": f"{target.register_bits()} bits, {lanes} float32",
         "tile": f"{TILE_ROWS} rows x {TILE_COLUMNS} columns",
-        "threads": f"{threads} of {os.cpu_count()} processors",
-        "threading_layer": numba.threading_layer(),
+        "threads": f"{get_num_threads()} of {os.cpu_count()} processors",
+        "threading_layer": threading_layer(),
         "cache": sorted(str(path) for path in cache) or "none can be written: kernels are compiled in every process",
         "moe_numba": __version__,
         "python": platform.python_version(),

@@ -43,7 +43,7 @@ def test_little_work_and_forked_children_get_one_thread(monkeypatch):
     set_num_threads(1)
     assert threads.threads_for(10**12) == 1
     set_num_threads(LIMIT)
-    monkeypatch.setattr(threads, "_in_forked_child", True)
+    monkeypatch.setattr(threads, "_owner", None)
     assert threads.threads_for(10**12) == 1
 
 
