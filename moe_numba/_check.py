@@ -132,6 +132,8 @@ def assign(name, view, value):
 
 
 def _fits(shape, wanted):
+    if shape == wanted:
+        return True
     if len(shape) != len(wanted):
         return False
     for n, m in zip(wanted, shape, strict=True):  # noqa: SIM110 - `all` of a generator takes 0.5 us more

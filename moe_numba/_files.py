@@ -5,11 +5,11 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from pathlib import Path
 
 import numpy as np
 
-from ._aligned import aligned_copy
 from .errors import CheckpointError
 
 
@@ -25,9 +25,9 @@ def replacing(path):
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        name = path.with_name(f".{secrets.token_hex(8)}.part")
-        with open(name, "xb") as file:
-            temporary = name
+        # Named before it is there: a signal may come between any two lines.
+        temporary = path.with_name(f".{secrets.token_hex(8)}.part")
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -50,16 +50,28 @@ def write_tensors(path, tensors, metadata):
         file.write(save({name: np.ascontiguousarray(array) for name, array in tensors.items()}, metadata))
 
 
-def read_tensors(path):
-    """(arrays by name, metadata) of a safetensors file. Raises CheckpointError."""
-    from safetensors import SafetensorError, safe_open
+def open_regular(path):
+    """A file opened for reading. OSError if it is a pipe or a device, which may wait or never end."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "is no regular file")
+    return file
 
+
+def read_into(array, file, offset):
+    """Fill a C-contiguous array with the bytes of a file from `offset` on.
+
+    Read and not mapped: of a file that has become shorter this is an error, where touching a mapped page
+    would end the process. Raises CheckpointError.
+    """
+    memory = array.reshape(-1).view(np.uint8)
     try:
-        with safe_open(path, framework="numpy") as file:
-            tensors = {}
-            for name in file.keys():  # noqa: SIM118
-                array = file.get_tensor(name)
-                tensors[name] = aligned_copy(array, array.dtype)
-            return tensors, file.metadata() or {}
-    except (OSError, SafetensorError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from None
+        file.seek(offset)
+        found = file.readinto(memory)
+    except OSError as error:
+        raise CheckpointError(f"{file.name}: cannot be read ({error.strerror or error})") from None
+    if found != memory.size:
+        raise CheckpointError(
+            f"{file.name}: has become shorter, {offset + found} of {offset + memory.size} bytes are left"
+        )

@@ -10,7 +10,8 @@ Decorators for the functions in kernels/ and simd/:
 
 import sys
 
-from numba import njit
+import numpy as np
+from numba import config, njit
 from numba.core import event
 from numba.core.cpu_options import ParallelOptions
 
@@ -45,11 +46,14 @@ class Kernel:
     def __init__(self, function):
         self.__name__ = function.__name__
         self.__doc__ = function.__doc__
-        self.parallel = self._compiled(function, parallel=True)
         self.serial = self._compiled(function, parallel=False)
+        # With checks of bounds (NUMBA_BOUNDSCHECK=1) serial too: from a thread no IndexError comes through.
+        self.parallel = self.serial if config.BOUNDSCHECK else self._compiled(function, parallel=True)
 
     @staticmethod
     def _compiled(function, parallel):
+        if config.DISABLE_JIT:  # plain Python (simd/plain.py), which would warn of what compiled code does in silence
+            return np.errstate(all="ignore")(function)
         dispatcher = njit(parallel=_PARALLEL if parallel else False, **_OPTIONS)(function)
         try:
             dispatcher._cache = KernelCache(function, "parallel" if parallel else "serial")
@@ -58,13 +62,15 @@ class Kernel:
         return dispatcher
 
 
+#: Those that can be compiled: none without the JIT.
 KERNELS: list[Kernel] = []
 
 
 def kernel(function):
     """Make `function` an entry point (see `Kernel`)."""
     entry = Kernel(function)
-    KERNELS.append(entry)
+    if not config.DISABLE_JIT:
+        KERNELS.append(entry)
     return entry
 
 

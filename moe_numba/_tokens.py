@@ -6,106 +6,96 @@ from pathlib import Path
 import numpy as np
 
 from ._check import is_float
+from ._files import open_regular, read_into
+from ._safetensors import Safetensors
 from .errors import CheckpointError
 
+#: Bytes that the header of a .npy file may have. Those that NumPy writes have 128.
+MOST_HEADER = 2**16
 
-def open_tokens(path):
+
+def open_tokens(path) -> "Tokens":
     """The token file at `path`, by its suffix: .npy or .safetensors. Raises CheckpointError."""
     path = Path(path)
-    kinds = {".npy": NpyTokens, ".safetensors": SafetensorsTokens}
+    kinds = {".npy": _find_npy, ".safetensors": _find_safetensors}
     if path.suffix not in kinds:
         raise CheckpointError(f"{path}: the name must end in .npy or .safetensors")
     try:
-        return kinds[path.suffix](path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+        return Tokens(path, *kinds[path.suffix](path))
+    except (OSError, ValueError) as error:  # ValueError: a character that no name of a file has
+        raise CheckpointError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
-class NpyTokens:
-    """A .npy file of float16, float32 or float64 values, shape (..., H); mapped, never loaded whole."""
+class Tokens:
+    """An array of shape (..., H) in a file, from the byte `offset` on; never loaded whole.
 
-    def __init__(self, path):
-        self.path = path
-        with open(path, "rb") as file:
-            try:
-                header = self._read_header(file)
-            except Exception as error:  # NumPy's parser raises whatever the damage leads to
-                raise CheckpointError(f"{path}: is no .npy file ({error})") from None
-            self._offset = file.tell()
-        self.shape, self._fortran, self.dtype = header
-        size = self._offset + math.prod(self.shape) * self.dtype.itemsize
-        _check_tokens(path, self.shape, is_float(self.dtype), str(self.dtype))
+    A context: the file is open from the beginning to the end, and replacing it meanwhile changes nothing.
+    """
+
+    def __init__(self, path, shape, dtype, offset, fortran=False):
+        if len(shape) == 0 or shape[-1] == 0 or min(shape) < 0:
+            raise CheckpointError(f"{path}: has shape {shape}, but must have shape (..., width of a token)")
+        if fortran and len(shape) > 2:
+            raise CheckpointError(f"{path}: is in Fortran order, which must be of at most two dimensions")
+        size = offset + math.prod(shape) * dtype.itemsize
         if path.stat().st_size < size:
             raise CheckpointError(f"{path}: is truncated, {path.stat().st_size} of {size} bytes")
-        if self._fortran and len(self.shape) > 2:
-            raise CheckpointError(f"{path}: is in Fortran order, which must be of at most two dimensions")
+        self.shape = shape
+        self._dtype = dtype
+        self._offset = offset
+        self._by_column = fortran and len(shape) == 2
+        self._file = open_regular(path)
 
-    @staticmethod
-    def _read_header(file):
-        """(shape, Fortran order, dtype)"""
-        match np.lib.format.read_magic(file):
-            case (1, 0):
-                return np.lib.format.read_array_header_1_0(file)
-            case (2, 0):
-                return np.lib.format.read_array_header_2_0(file)
-            case version:
-                raise ValueError(f"version {version} of the format is not known")
+    def __enter__(self):
+        return self
 
-    def read(self, first, end):
-        """Tokens first <= t < end of shape (end - first, H).
-
-        Mapped anew for each batch, so that pages already read do not count as memory in use.
-        """
-        width = self.shape[-1]
-        item = self.dtype.itemsize
-        if self._fortran and len(self.shape) == 2:
-            return np.memmap(self.path, self.dtype, "r", self._offset, self.shape, order="F")[first:end]
-        return np.memmap(self.path, self.dtype, "r", self._offset + first * width * item, (end - first, width))
-
-
-class SafetensorsTokens:
-    """The one tensor of a safetensors file, or the one called hidden_states; shape (..., H)."""
-
-    def __init__(self, path):
-        self.path = path
-        with self._open() as file:
-            names = list(file.keys())
-            if len(names) != 1 and "hidden_states" not in names:
-                raise CheckpointError(f"{path}: must hold one tensor or one called hidden_states, but holds {names}")
-            self._name = names[0] if len(names) == 1 else "hidden_states"
-            tensor = file.get_slice(self._name)
-            self.shape = tuple(tensor.get_shape())
-            _check_tokens(path, self.shape, tensor.get_dtype() in ("F16", "F32", "F64"), tensor.get_dtype())
-
-    def _open(self):
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            return safe_open(self.path, framework="numpy")
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.path}: cannot be read as safetensors ({error})") from None
+    def __exit__(self, *exception):
+        self._file.close()
 
     def read(self, first, end):
         """Tokens first <= t < end of shape (end - first, H)."""
-        width = self.shape[-1]
-        with self._open() as file:
-            if len(self.shape) == 1:
-                return file.get_tensor(self._name)[None][first:end]
-            tensor = file.get_slice(self._name)
-            run = self.shape[-2]  # tokens that lie in one piece of the last two axes
-            pieces = [
-                tensor[(*self._entry(start // run), slice(start % run, min(start % run + end - start, run)))]
-                for start in [first, *range((first // run + 1) * run, end, run)]
-            ]
-        return np.concatenate([piece.reshape(-1, width) for piece in pieces])
-
-    def _entry(self, i):
-        """Slices that choose entry i, in C order, of all axes but the last two."""
-        return [slice(j, j + 1) for j in map(int, np.unravel_index(i, self.shape[:-2]))] if self.shape[:-2] else []
+        width, item = self.shape[-1], self._dtype.itemsize
+        if not self._by_column:
+            tokens = np.empty((end - first, width), self._dtype)
+            read_into(tokens, self._file, self._offset + first * width * item)
+            return tokens
+        columns = np.empty((width, end - first), self._dtype)
+        for i, column in enumerate(columns):
+            read_into(column, self._file, self._offset + (i * self.shape[0] + first) * item)
+        return columns.T
 
 
-def _check_tokens(path, shape, is_float, dtype):
-    if not is_float:
-        raise CheckpointError(f"{path}: holds {dtype}, but must hold float16, float32 or float64")
-    if len(shape) == 0 or shape[-1] == 0 or min(shape) < 0:
-        raise CheckpointError(f"{path}: has shape {shape}, but must have shape (..., width of a token)")
+def _find_npy(path):
+    """(shape, dtype, offset, Fortran order) of a .npy file of floats; no other, so never a pickle."""
+    with open_regular(path) as file:
+        try:
+            shape, fortran, dtype = _read_npy_header(file)
+        except Exception as error:  # NumPy's parser raises whatever the damage leads to
+            raise CheckpointError(f"{path}: is no .npy file ({error!s:.200})") from None
+        if not is_float(dtype):
+            raise CheckpointError(f"{path}: holds {dtype!s:.80}, but must hold float16, float32 or float64")
+        return shape, dtype, file.tell(), fortran
+
+
+def _read_npy_header(file):
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): (2, np.lib.format.read_array_header_1_0), (2, 0): (4, np.lib.format.read_array_header_2_0)}
+    if version not in readers:
+        raise ValueError(f"version {version} of the format is not known")
+    digits, read = readers[version]
+    start = file.tell()
+    length = int.from_bytes(file.read(digits), "little")
+    if length > MOST_HEADER:  # NumPy would read all of it first
+        raise ValueError(f"a header of {length} bytes")
+    file.seek(start)
+    return read(file)
+
+
+def _find_safetensors(path):
+    """(shape, dtype, offset) of the one tensor of a safetensors file, or of the one called hidden_states."""
+    file = Safetensors(path)
+    names = list(file.entries)
+    if len(names) != 1 and "hidden_states" not in names:
+        raise CheckpointError(f"{path}: must hold one tensor or one called hidden_states, but holds {f'{names}':.200}")
+    dtype, shape, offset = file.place(names[0] if len(names) == 1 else "hidden_states")
+    return shape, dtype, offset

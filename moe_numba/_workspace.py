@@ -5,12 +5,14 @@ a forward. Every Python thread keeps one buffer that grows to the largest call i
 `CHUNK_BYTES` bounds it, because experts.py cuts larger batches into chunks.
 """
 
+import math
 import threading
+from functools import lru_cache
 
 import numpy as np
 
 from ._aligned import CACHE_LINE, aligned_empty
-from .kernels.experts import SCRATCH_SIZE, Workspace
+from ._engines import Sizes
 
 #: A batch is cut into chunks of tokens whose workspace stays below this. 256 MiB hold 2,700
 #: tokens of H = 2048, F = 1024, K = 8: enough rows per expert to read the weights once.
@@ -23,54 +25,56 @@ class _Memory(threading.local):
     """What one Python thread keeps between calls."""
 
     def __init__(self):
-        self.buffer = aligned_empty(0)
-        self.workspaces = {}  # views of the buffer, by the shape of the call
+        self.buffer = aligned_empty(0, np.uint8)
+        self.workspaces = {}  # views of the buffer, by the engine and the sizes of the call
 
 
 _memory = _Memory()
 
 
-def _row_lines(width, dtype) -> int:
-    """Cache lines of a row of `width` values: an odd number.
-
-    Rows at a distance of a power of two would compete for the same few sets of the first-level
-    cache; padding made blocks of 64 rows up to 15 % faster.
-    """
-    return -(-width * np.dtype(dtype).itemsize // CACHE_LINE) | 1
+def _bytes(shape):
+    rows, length, dtype = shape
+    return -(-rows * length * np.dtype(dtype).itemsize // CACHE_LINE) * CACHE_LINE
 
 
-def chunk_tokens(top_k, input_dim, hidden_dim) -> int:
+def chunk_tokens(engine, top_k, num_experts, input_dim, hidden_dim, threads) -> int:
     """Tokens per chunk, so that its workspace stays below CHUNK_BYTES; at least LEAST_CHUNK."""
-    token, hidden = (CACHE_LINE * _row_lines(width, np.float32) for width in (input_dim, hidden_dim))
-    return max(LEAST_CHUNK, CHUNK_BYTES // (top_k * (token + hidden) + token))
+    return max(LEAST_CHUNK, _tokens_in(CHUNK_BYTES, engine, top_k, num_experts, input_dim, hidden_dim, threads))
 
 
-def take_workspace(tokens, rows, input_dim, hidden_dim, threads, operand) -> Workspace:
-    """A workspace for a call, valid until the current Python thread's next call.
+@lru_cache
+def _tokens_in(limit, engine, top_k, *layer):
+    def size(tokens):
+        return sum(map(_bytes, engine.shapes(Sizes(tokens, tokens * top_k, *layer))))
 
-    operand: dtype of the activations that are multiplied.
+    many = 16 * layer[0]  # every expert has rows, whatever more come
+    per_token = (size(2 * many) - size(many)) // many
+    fixed = size(many) - many * per_token
+    return (limit - fixed) // per_token
+
+
+def take_workspace(engine, sizes):
+    """Memory for a call of an Engine, valid until the current Python thread's next call.
+
+    sizes: the fields of Sizes. Returns the fields of the engine's workspace, as kernels take them.
     """
-    key = (tokens, rows, input_dim, hidden_dim, threads, operand)
+    key = (engine, sizes)
     space = _memory.workspaces.get(key)
     if space is not None:
         return space
 
-    shapes = [
-        (tokens, input_dim, operand),
-        (rows, hidden_dim, operand),
-        (rows, input_dim, np.float32),
-        (threads, SCRATCH_SIZE, np.float32),
-    ]
-    widths = [CACHE_LINE // 4 * _row_lines(width, dtype) for _, width, dtype in shapes]
-    size = sum(n * width for (n, _, _), width in zip(shapes, widths, strict=True))
+    shapes = engine.shapes(Sizes(*sizes))
+    size = sum(map(_bytes, shapes))
     if size > _memory.buffer.size or len(_memory.workspaces) >= 64:
         _memory.workspaces.clear()  # these are views of the old buffer, and would keep it alive
     if size > _memory.buffer.size:
-        _memory.buffer = aligned_empty(size)
+        _memory.buffer = aligned_empty(size, np.uint8)
     parts = []
     at = 0
-    for (n, _, dtype), width in zip(shapes, widths, strict=True):
-        parts.append(_memory.buffer[at : at + n * width].reshape(n, width).view(dtype))
-        at += n * width
-    space = _memory.workspaces[key] = Workspace(*parts, counters=np.empty(2, np.int64))
+    for shape in shapes:
+        rows, length, dtype = shape
+        used = math.prod((rows, length, np.dtype(dtype).itemsize))
+        parts.append(_memory.buffer[at : at + used].view(dtype).reshape(rows, length))
+        at += _bytes(shape)
+    space = _memory.workspaces[key] = (*parts, np.empty(2, np.int64))
     return space

@@ -1,23 +1,12 @@
 """Directories in Hugging Face format: config.json and safetensors files, of which only what is asked for is read."""
 
-import json
-import math
+import os
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
-
+from ._files import open_regular
+from ._safetensors import MOST_JSON, Safetensors, parse_json
 from .errors import CheckpointError
 
-#: NumPy's dtype of each of the format's floating-point dtypes.
-DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-#: Bytes that a header or a JSON file may have. Those of published models have up to 10 MB.
-MOST_JSON = 32 * 2**20
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -30,23 +19,24 @@ class Checkpoint:
 
     def __init__(self, path):
         self.path = Path(path)
-        self.config = read_json(self.path / "config.json")
-        if (self.path / INDEX).exists():
+        self.config = read_json(self._inside("config.json"))
+        self._shards = {}
+        if os.path.lexists(self.path / INDEX):
             self._files = self._read_index()
         else:
-            names = read_header(self.path / SINGLE)
-            self._files = dict.fromkeys(names, SINGLE)
-        self._headers = {}
+            self._shards[SINGLE] = Safetensors(self._inside(SINGLE))
+            self._files = dict.fromkeys(self._shards[SINGLE].entries, SINGLE)
 
     def _read_index(self):
         """File of each tensor."""
-        path = self.path / INDEX
+        path = self._inside(INDEX)
         files = read_json(path).get("weight_map")
         if not isinstance(files, dict):
             raise CheckpointError(f"{path}: must hold an object weight_map")
         for name, file in files.items():
-            if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
-                raise CheckpointError(f"{path}: tensor {name} is said to be in {file!r}, which is no file beside it")
+            if not isinstance(file, str) or file != os.path.basename(file) or not file.endswith(".safetensors"):
+                where = f"is said to be in {file!r:.80}, which is no file beside it"
+                raise CheckpointError(f"{path}: tensor {name:.200} {where}")
         return files
 
     def __contains__(self, name):
@@ -57,71 +47,44 @@ class Checkpoint:
 
     def tensor(self, name):
         """The tensor as a read-only array mapped from its file. It must be of a floating-point dtype."""
-        path = self.path / self._files[name]
-        if path not in self._headers:
-            self._headers[path] = read_header(path)
-        entry = self._headers[path].get(name)
-        if entry is None:
-            raise CheckpointError(f"{path}: has no tensor {name}, though the index says so")
-        dtype = DTYPES.get(entry.dtype)
-        if dtype is None:
-            known = ", ".join(DTYPES)
-            raise CheckpointError(f"{path}: tensor {name} has dtype {entry.dtype}, but must have one of {known}")
-        if math.prod(entry.shape) * dtype.itemsize != entry.size:
-            raise CheckpointError(f"{path}: tensor {name} of {dtype} {entry.shape} has {entry.size} bytes")
-        if 0 in entry.shape:
-            return np.empty(entry.shape, dtype)
-        return np.memmap(path, dtype, "r", entry.offset, entry.shape)
+        file = self._files[name]
+        if file not in self._shards:
+            self._shards[file] = Safetensors(self._inside(file))
+        if name not in self._shards[file].entries:
+            raise CheckpointError(f"{self.path / file}: has no tensor {name}, though the index says so")
+        return self._shards[file].map(name)
 
+    def _inside(self, name):
+        """The file of that name, which must not be a link that leads out of the directory.
 
-class Entry:
-    """Where a tensor lies in its file."""
-
-    __slots__ = ("dtype", "offset", "shape", "size")
-
-    def __init__(self, fields, data, size):
-        self.dtype = str(fields["dtype"])
-        self.shape = tuple(fields["shape"])
-        begin, end = fields["data_offsets"]
-        numbers = (*self.shape, begin, end)
-        if not all(type(n) is int and n >= 0 for n in numbers) or not begin <= end <= size:
-            raise ValueError(f"shape {self.shape}, bytes {begin} to {end} of {size}")
-        self.offset, self.size = data + begin, end - begin
+        But into blobs/ beside snapshots/, which is how Hugging Face's cache keeps the files of a model.
+        """
+        home = Path(os.path.realpath(self.path))
+        try:
+            target = Path(os.path.realpath(home / name))
+        except ValueError as error:  # a character that no name of a file has
+            raise CheckpointError(f"{self.path}: cannot hold a file {name!r:.80} ({error})") from None
+        homes = [home]
+        if home.parent.name == "snapshots":
+            homes.append(home.parent.parent / "blobs")
+        if target.parent not in homes:
+            raise CheckpointError(f"{self.path / name}: is a link to {target}, which is not in the directory")
+        return self.path / name
 
 
 def read_header(path):
     """Entry of each tensor of a safetensors file. Raises CheckpointError."""
-    try:
-        with open(path, "rb") as file:
-            total = file.seek(0, 2)
-            file.seek(0)
-            length = int.from_bytes(file.read(8), "little")
-            if total < 8 or length > min(total - 8, MOST_JSON):
-                raise ValueError(f"a header of {length} bytes in a file of {total}")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        data = 8 + length
-        entries = {name: Entry(fields, data, total - data) for name, fields in header.items()}
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is no whole safetensors file ({error!s:.200})") from None
-    end = 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
-        if entry.offset < end:
-            raise CheckpointError(f"{path}: tensor {name} overlaps the one before it")
-        end = entry.offset + entry.size
-    return entries
+    return Safetensors(path).entries
 
 
 def read_json(path):
     """The object in a JSON file. Raises CheckpointError."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             text = file.read(MOST_JSON + 1)
         if len(text) > MOST_JSON:
             raise ValueError(f"more than {MOST_JSON} bytes")
-        values = json.loads(text)
+        values = parse_json(text)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ValueError, RecursionError) as error:

@@ -30,13 +30,23 @@ from .threads import get_num_threads, set_num_threads, threading_layer
 
 DATA = Path(__file__).parent / "data"
 BAR_WIDTH = 40
+#: Signals that end a run.
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 def main(arguments=None) -> int:
     """Run a command; 0 when it succeeded, 2 for bad input, with one line on stderr."""
-    for name in ("SIGTERM", "SIGHUP"):  # so that an ended run removes its unfinished output
-        if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
-            signal.signal(getattr(signal, name), _exit_on_signal)
+    if threading.current_thread() is not threading.main_thread():  # where signals do not arrive
+        return _main(arguments)
+    before = {number: signal.signal(number, _end) for number in ENDING}
+    try:
+        return _main(arguments)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _main(arguments):
     try:
         options = _parser().parse_args(arguments)
         options.command(options)
@@ -59,7 +69,11 @@ def main(arguments=None) -> int:
     return 2
 
 
-def _exit_on_signal(number, frame):
+def _end(number, frame):
+    for again in ENDING:  # a second one must not stop us from cleaning up
+        signal.signal(again, signal.SIG_IGN)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     sys.exit(128 + number)
 
 
@@ -94,6 +108,11 @@ def _parser():
     command.add_argument("--checkpoint", metavar="DIR", help="model in Hugging Face format, of which to run one layer")
     command.add_argument("--input", metavar="FILE", help="tokens of shape (..., input_dim), .npy or .safetensors")
     command.add_argument("--output", metavar="FILE", help="where to write the layer's output (.npy)")
+    command.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what is done in OUTPUT.part if the run ends early, and continue from there",
+    )
     command.add_argument("--batch-size", metavar="N", type=int, default=4096, help="tokens per batch (4096)")
     command.add_argument("--threads", metavar="N", type=int, help="threads to use (all cores)")
     command.add_argument("--json", action="store_true", help="print the report as one JSON object")
@@ -114,6 +133,8 @@ def _run(options):
     input_file = DATA / "digits.npy" if options.input is None else options.input
     if options.output is not None and not options.output.endswith(".npy"):
         raise MoeError(f"--output was {options.output!r}, but must end in .npy")
+    if options.resume and options.output is None:
+        raise MoeError("--resume was given, but must be left out without --output")
     if options.threads is not None:
         try:
             set_num_threads(options.threads)
@@ -121,7 +142,8 @@ def _run(options):
             raise MoeError(f"--threads: {error}") from None
     layer, layer_name = _load_layer(options)
     with _progress_bar() as bar:
-        report = run(layer, input_file, options.output, options.batch_size, functools.partial(_advance, bar))
+        advance = functools.partial(_advance, bar)
+        report = run(layer, input_file, options.output, options.batch_size, advance, resume=options.resume)
     config = layer.config
     facts = {
         "layer": layer_name,
@@ -237,6 +259,7 @@ def _facts():
         "instruction_sets": used or ["those of " + target.cpu_name()],
         "vector": f"{target.register_bits()} bits, {lanes} float32",
         "tile": f"{TILE_ROWS} rows x {TILE_COLUMNS} columns",
+        "matrix_unit": "AMX, for bfloat16 weights" if target.has_amx() else "none",
         "threads": f"{get_num_threads()} of {os.cpu_count()} processors",
         "threading_layer": threading_layer(),
         "cache": sorted(str(path) for path in cache) or "none can be written: kernels are compiled in every process",

@@ -38,6 +38,8 @@ SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("max", "top2_sum")
 #: What takes the place of the scores of groups that are not chosen.
 GROUP_MASKS = ("zero", "-inf")
+#: The kernel notes the groups that a token chooses in the bits of an int64.
+MOST_GROUPS = 63
 
 
 class _Config:
@@ -126,6 +128,8 @@ class _Routing(_Config):
         """What a token can choose of: `experts` as many as the router has logits."""
         if self.top_k > experts:
             _check.fail("top_k", self.top_k, f"at most num_experts, which is {experts}")
+        if self.n_group > MOST_GROUPS:
+            _check.fail("n_group", self.n_group, f"at most {MOST_GROUPS}")
         if experts % self.n_group:
             _check.fail("n_group", self.n_group, f"a divisor of num_experts, which is {experts}")
         size = experts // self.n_group

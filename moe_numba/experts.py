@@ -9,15 +9,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _check
+from ._engines import engine_for
 from ._init import expert_weights
 from ._workspace import LEAST_CHUNK, chunk_tokens, take_workspace
 from .config import ACTIVATIONS, MoeConfig
 from .formats import FORMATS
 from .kernels.activations import CLAMPED_SILU, CODES
-from .kernels.experts import Form, Weights, experts_forward
+from .kernels.experts import Form, Weights
 from .plan import DispatchPlan
-from .simd.tile import operand_dtype
-from .threads import threads_for, twin
+from .threads import get_num_threads, threads_for, twin
 
 _NO_BIAS = _check.read_only(np.empty((0, 0), np.float32))
 
@@ -61,11 +61,7 @@ class Experts(Sequence):
             "swiglu_beta": swiglu_beta,
         }
         self._format = FORMATS[dtype]
-        up_name = "gate_up_proj" if self.gated else "up_proj"
-        rows_name = "2 * hidden_dim" if self.gated else "hidden_dim"
-        layout = f"(num_experts, {rows_name}, input_dim)"
-        if transposed:
-            layout = f"(num_experts, input_dim, {rows_name})"
+        up_name, up_bias_name, layout = _up_names(self.gated, bool(transposed))
         up = self._encode(up_name, up, (None, None, None), layout)
         self.num_experts, rows, self.input_dim = (up.swapaxes(1, 2) if transposed else up).shape
         if 0 in up.shape or (self.gated and rows % 2):
@@ -74,16 +70,18 @@ class Experts(Sequence):
         down_shape = (self.num_experts, self.input_dim, self.hidden_dim)
         self.up = up
         self.down = self._encode("down_proj", down, down_shape[::2] + down_shape[1:2] if transposed else down_shape)
-        self.up_bias = _bias(up_name.replace("proj", "bias"), up_bias, (self.num_experts, rows))
+        self.up_bias = _bias(up_bias_name, up_bias, (self.num_experts, rows))
         self.down_bias = _bias("down_bias", down_bias, (self.num_experts, self.input_dim))
         biases = (_NO_BIAS if bias is None else bias for bias in (self.up_bias, self.down_bias))
         up_bias, down_bias = map(_check.read_only, biases)
         storage = self._format.storage
         up, down = (w if w.dtype == storage else w.view(storage) for w in (self.up, self.down))
         up, down = map(_check.read_only, (up, down))
-        self._operand = operand_dtype(storage)
-        self._weights = Weights(up, up_bias, down, down_bias)
-        self._form = _form(activation, bool(interleaved), swiglu_limit, swiglu_alpha, swiglu_beta)
+        #: The Engine that computes them.
+        self.engine = engine_for(storage, bool(transposed))
+        self._weights = tuple(Weights(up, up_bias, down, down_bias))
+        self._interleaved = bool(interleaved)
+        self._form = _form(activation, self._interleaved, swiglu_limit, swiglu_alpha, swiglu_beta)
         self._transposed = True if transposed else None
 
     def _encode(self, name, value, shape, wanted=None):
@@ -102,7 +100,7 @@ class Experts(Sequence):
     def _parts(self, array):
         if not self.gated:
             return [array]
-        if self._form.interleaved:
+        if self._interleaved:
             return [array[:, 0::2], array[:, 1::2]]
         return [array[:, : self.hidden_dim], array[:, self.hidden_dim :]]
 
@@ -147,7 +145,7 @@ class Experts(Sequence):
         if k == 0:
             return np.zeros((tokens, self.input_dim), np.float32)
         y = np.empty((tokens, self.input_dim), np.float32)
-        if tokens <= LEAST_CHUNK or tokens <= (step := chunk_tokens(k, self.input_dim, self.hidden_dim)):
+        if tokens <= LEAST_CHUNK or tokens <= (step := self._chunk_tokens(k)):
             self._forward_chunk(x, indices, weights, used, skip_invalid, y)
             return y
         for first in range(0, tokens, step):
@@ -157,21 +155,34 @@ class Experts(Sequence):
 
     def _forward_chunk(self, x, indices, weights, used, skip_invalid, y):
         tokens, k = indices.shape
-        plan = DispatchPlan(indices, used, self.num_experts)
+        engine = self.engine
+        plan = DispatchPlan(indices, used, self.num_experts, engine)
         if plan.num_invalid and not skip_invalid:
             bad = indices[(indices < 0) | (indices >= self.num_experts)][0]
             _check.fail("topk_ids", f"an array with the value {bad}", f"from 0 to {self.num_experts - 1}")
         threads = threads_for(plan.num_rows * self.hidden_dim * self.input_dim * (3 if self.gated else 2))
-        space = take_workspace(tokens, tokens * k, self.input_dim, self.hidden_dim, threads, self._operand)
-        kernel = twin(experts_forward, threads)
+        space = take_workspace(engine, (tokens, tokens * k, self.num_experts, self.input_dim, self.hidden_dim, threads))
+        kernel = twin(engine.kernel, threads)
         kernel(_check.read_only(x), self._weights, self._form, self._transposed, plan.rows, weights, used, space, y)
 
+    def _chunk_tokens(self, k):
+        return chunk_tokens(self.engine, k, self.num_experts, self.input_dim, self.hidden_dim, get_num_threads())
 
-@lru_cache  # 1 us of a call of fused_experts
+
+@lru_cache  # like `_form`, 1 us of a call of fused_experts
+def _up_names(gated, transposed):
+    """Names of the first projection and of its bias, and its shape in words."""
+    axes = ["2 * hidden_dim" if gated else "hidden_dim", "input_dim"]
+    layout = ", ".join(["num_experts", *(axes[::-1] if transposed else axes)])
+    return *(("gate_up_proj", "gate_up_bias") if gated else ("up_proj", "up_bias")), f"({layout})"
+
+
+@lru_cache
 def _form(activation, interleaved, limit, alpha, beta):
     function, gated = ACTIVATIONS[activation]
     code = CODES[function] if (limit, alpha, beta) == (None, 1.0, 0.0) else CLAMPED_SILU
-    return Form(code, gated, interleaved, math.inf if limit is None else float(limit), float(alpha), float(beta))
+    limit = math.inf if limit is None else float(limit)
+    return tuple(Form(code, gated, interleaved, limit, float(alpha), float(beta)))
 
 
 def _bias(name, bias, shape):

@@ -8,13 +8,17 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from . import _check, losses
-from ._files import read_tensors, write_tensors
+from ._files import write_tensors
+from ._safetensors import Safetensors
 from .config import ACTIVATIONS, DTYPES, MoeConfig, RouterConfig
 from .errors import CheckpointError, MoeValueError
 from .experts import experts_of, random_experts, shared_config
 from .formats import FORMATS
 from .pretrained import read_block
 from .router import NoisyTopKRouter, RoutingResult, SparseMixerRouter, TopKRouter
+
+#: As in kernels, what overflows is infinite and the difference of infinities NaN, without a warning.
+_silent = np.errstate(over="ignore", invalid="ignore")
 
 
 class MoeLayer:
@@ -121,14 +125,18 @@ class MoeLayer:
         routing a RoutingResult over the T tokens. A token with NaN or an infinity becomes NaN.
         Raises MoeValueError.
         """
-        dtype = np.float32 if dtype is None else _check.float_dtype("dtype", dtype)
+        if dtype is not None:
+            dtype = _check.float_dtype("dtype", dtype)
         tokens, shape = self._tokens(x)
         routing = self.router.route(tokens)
         y = self._routed(tokens, routing)
         if self.shared_experts is not None:
-            y += self._shared(tokens)
-        with np.errstate(over="ignore"):  # beyond float16 is inf
-            return y.reshape(shape).astype(dtype, copy=False), routing
+            self._add_shared(tokens, y)
+        y = y.reshape(shape)
+        if dtype is not None:
+            with np.errstate(over="ignore"):  # beyond float16 is inf
+                y = y.astype(dtype, copy=False)
+        return y, routing
 
     __call__ = forward
 
@@ -140,9 +148,15 @@ class MoeLayer:
             return self._weighted_on_input(x, indices, weights, used)
         y = self.experts.forward(x, indices, weights, used, skip_invalid=identity)
         if identity:
-            y += np.where(indices < self.config.num_experts, 0, weights).sum(axis=1, keepdims=True) * x
+            self._add_identity(x, indices, weights, y)
         return y
 
+    @_silent
+    def _add_identity(self, x, indices, weights, y):
+        """Add what identity experts give: x times their weights."""
+        y += np.where(indices < self.config.num_experts, 0, weights).sum(axis=1, keepdims=True) * x
+
+    @_silent
     def _weighted_on_input(self, x, indices, weights, used):
         """Every slot a token of its own: x[t] times the slot's weight (Llama 4: its experts' input)."""
         tokens, k = indices.shape
@@ -152,13 +166,14 @@ class MoeLayer:
         y = self.experts.forward(rows, indices.reshape(-1, 1), lost, found)
         return y.reshape(tokens, k, x.shape[1]).sum(axis=1)
 
-    def _shared(self, x):
-        """The shared expert's output, weighted by its gate."""
+    @_silent
+    def _add_shared(self, x, y):
+        """Add the shared expert's output, weighted by its gate."""
         tokens = len(x)
         weights = np.ones((tokens, 1), np.float32)
         if self.shared_gate is not None:
             weights = self.shared_gate.route(x).expert_weights
-        return self.shared_experts.forward(x, np.zeros((tokens, 1), np.int64), weights, np.ones(tokens, np.int64))
+        y += self.shared_experts.forward(x, np.zeros((tokens, 1), np.int64), weights, np.ones(tokens, np.int64))
 
     def _tokens(self, x):
         """x as (T, H) float32, and the shape it had."""
@@ -195,16 +210,21 @@ class MoeLayer:
     @classmethod
     def load(cls, path: str | PathLike, *, seed: int | None = 0) -> "MoeLayer":
         """The layer that `save` wrote; `seed` is that of the router's noise. Raises CheckpointError."""
-        tensors, metadata = read_tensors(path)
+        file = Safetensors(path)
         try:
-            config = MoeConfig.from_json(metadata["config"])
+            config = MoeConfig.from_json(file.metadata["config"])
         except (KeyError, MoeValueError) as error:
             raise CheckpointError(f"{path}: no moe_numba layer, its metadata has no valid config ({error})") from None
-        wanted = set(_tensor_shapes(config))
-        if set(tensors) != wanted:
-            raise CheckpointError(f"{path}: holds the tensors {sorted(tensors)}, but must hold {sorted(wanted)}")
+        wanted = _tensor_shapes(config)
+        if set(file.entries) != set(wanted):
+            names = f"{sorted(file.entries)!s:.500}"
+            raise CheckpointError(f"{path}: holds the tensors {names}, but must hold {sorted(wanted)}")
+        for name, shape in wanted.items():  # before a byte of what may be many gigabytes is read
+            if file.entries[name].shape != shape:
+                was = f"{file.entries[name].shape!s:.80}"
+                raise CheckpointError(f"{path}: tensor {name} has shape {was}, but must have {shape}")
         try:
-            return cls.from_weights(config, **tensors, seed=seed)
+            return cls.from_weights(config, **{name: file.read(name) for name in wanted}, seed=seed)
         except MoeValueError as error:
             raise CheckpointError(f"{path}: {error}") from None
 

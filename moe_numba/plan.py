@@ -2,26 +2,25 @@
 
 import numpy as np
 
-from .kernels.experts import Rows
 from .kernels.plan import plan_rows
-from .kernels.projection import ROW_BLOCK
 
 
 class DispatchPlan:
     """Rows of a batch sorted by expert; within an expert in token order.
 
     indices (T, K) int64: expert of each slot. used (T,) int64: how many leading slots of a token
-    are dispatched. num_experts: E.
+    are dispatched. num_experts: E. engine: Engine that says how
+    rows are cut.
     """
 
-    def __init__(self, indices, used, num_experts):
+    def __init__(self, indices, used, num_experts, engine):
         slots = indices.size
         row_token = np.empty(slots, np.int64)
-        slot_row = np.empty(indices.shape, np.int64)
-        blocks = np.empty((num_experts + slots // ROW_BLOCK, 3), np.int64)
+        row_slot = np.empty(slots, np.int64)
+        blocks = np.empty((num_experts + slots // engine.row_block, 4), np.int64)
         next_row = np.empty(num_experts, np.int64)
         self.num_rows, n_blocks, self.num_invalid = plan_rows.serial(
-            indices, used, num_experts, row_token, slot_row, blocks, next_row
+            indices, used, num_experts, engine.row_block, engine.unit, row_token, row_slot, blocks, next_row
         )
-        #: The layout, as kernels take it.
-        self.rows = Rows(row_token, slot_row, blocks, n_blocks)
+        #: The fields of kernels.plan.Rows, as kernels take them.
+        self.rows = row_token, row_slot, blocks, n_blocks

@@ -1,6 +1,7 @@
 """The MoE block of a published model, from its checkpoint: config and arrays for MoeLayer.from_weights."""
 
 import re
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from ._check import choice
 from .checkpoint import Checkpoint
 from .config import ACTIVATIONS, DTYPES, MoeConfig
 from .errors import CheckpointError, MoeValueError
-from .families import FAMILIES, Key, activation_of
+from .families import FAMILIES, PREFIXES, Key, activation_of
 from .formats import FORMATS
 
 
@@ -22,8 +23,8 @@ def list_moe_layers(path) -> list[int | str]:
     checkpoint = Checkpoint(path)
     family, _ = _family(checkpoint)
     found = []
-    for block in family.blocks:
-        before, after = f"{block}.{family.router}".split("{layer}")
+    for block in _blocks(family):
+        before, after = _full(block, family.router).split("{layer}")
         name = re.compile(f"{re.escape(before)}([0-9]+){re.escape(after)}")
         numbers = sorted(int(match[1]) for tensor in checkpoint if (match := name.fullmatch(tensor)))
         found += [f"{_stack(block)}.{n}" if _stack(block) else n for n in numbers]
@@ -42,84 +43,121 @@ def read_block(path, layer, dtype=None) -> tuple[MoeConfig, dict[str, np.ndarray
     family, values = _family(checkpoint)
     if family.check:
         family.check(values)
-    block = _find_block(checkpoint, family, layer)
-    reader = _Reader(checkpoint, block)
-    stored = _find_stored(reader, family)
-    down = reader.tensor(stored.down.format(e=0))
-    if dtype is None:
-        dtype = "bfloat16" if down.dtype == FORMATS["bfloat16"].values else "float32"
+    reader = _Reader(checkpoint, _find_block(checkpoint, family, layer))
 
     def value(key):
         found = key.read(values) if isinstance(key, Key) else key(values) if callable(key) else key
-        return found[layer] if isinstance(found, list) and isinstance(layer, int) else found
+        if isinstance(found, list) and isinstance(layer, int):  # one value for each layer
+            return found[layer] if layer < len(found) else None
+        return found
 
-    fields = {"capacity_factor": None} | {name: value(key) for name, key in family.routing.items()}
-    fields |= {
-        "num_experts": value(family.num_experts),
-        "top_k": value(family.top_k),
-        "input_dim": value(family.input_dim),
-        "hidden_dim": value(family.hidden_dim),
-        "activation": activation_of(family, values),
-        "bias": stored.up_bias is not None,
-        "dtype": dtype,
-        "transposed": stored.transposed,
-        "interleaved": stored.interleaved,
-        "router_bias": family.router_bias is not None,
-        "selection_bias": family.selection_bias is not None and bool(value(family.biased)),
-        "shared_gate": family.shared_gate is not None,
-    }
-    if family.shared is not None and value(family.num_shared):
-        fields["shared_hidden_dim"] = reader.tensor(family.shared.down).shape[-1]
-    try:
+    with _config_errors(checkpoint):
+        input_dim = value(family.input_dim)
+    stored = _find_stored(reader, family.experts, input_dim)
+    if dtype is None:
+        is_bfloat16 = reader.tensor(stored.down.format(e=0)).dtype == FORMATS["bfloat16"].values
+        dtype = "bfloat16" if is_bfloat16 else "float32"
+
+    shared = None
+    with _config_errors(checkpoint):
+        fields = {"capacity_factor": None} | {name: value(key) for name, key in family.routing.items()}
+        fields |= {
+            "num_experts": value(family.num_experts),
+            "top_k": value(family.top_k),
+            "input_dim": input_dim,
+            "hidden_dim": value(family.hidden_dim),
+            "activation": activation_of(family, values),
+            "bias": stored.up_bias is not None,
+            "dtype": dtype,
+            "transposed": stored.transposed,
+            "interleaved": stored.interleaved,
+            "router_bias": family.router_bias is not None,
+            "selection_bias": bool(family.selection_bias) and bool(value(family.biased)),
+            "shared_gate": family.shared_gate is not None,
+        }
+        if family.shared and value(family.num_shared):
+            shared = _find_stored(reader, family.shared, input_dim)
+            fields["shared_hidden_dim"] = _width(reader, shared.down, input_dim)
         config = MoeConfig(**fields)
-    except (MoeValueError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint.path / 'config.json'}: {error}") from None
     arrays = _router_arrays(reader, family, config) | _expert_arrays(reader, stored, config)
-    if config.shared_hidden_dim:
-        arrays |= _shared_arrays(reader, family, config)
+    if shared is not None:
+        arrays |= _shared_arrays(reader, shared, family.shared_gate, config)
     reader.check_all_used()
     return config, arrays
+
+
+@contextmanager
+def _config_errors(checkpoint):
+    """What a config that is not as its model_type says leads to, as a CheckpointError."""
+    try:
+        yield
+    except (MoeValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        reason = error if isinstance(error, MoeValueError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{checkpoint.path / 'config.json'}: {reason!s:.500}") from None
 
 
 def _family(checkpoint):
     """The family of a checkpoint, and the part of its config that describes the language model."""
     values = checkpoint.config
+    for part in ("thinker_config", "text_config"):
+        if isinstance(values.get(part), dict):
+            values = values | values[part]
     known = values.get("model_type")
-    text = values.get("text_config")
-    if isinstance(text, dict) and text.get("model_type", known) in FAMILIES:
-        return FAMILIES[text.get("model_type", known)], values | text
     if not isinstance(known, str) or known not in FAMILIES:
         names = ", ".join(sorted(FAMILIES))
         raise CheckpointError(f"{checkpoint.path / 'config.json'}: model_type is {known!r}, but must be one of {names}")
     return FAMILIES[known], values
 
 
+def _blocks(family):
+    """Names that a family's block may have, with `{layer}` for its number."""
+    return [prefix + block for prefix in PREFIXES for block in family.blocks]
+
+
+def _full(block, name):
+    """The name in the checkpoint of a tensor of a block. A name that begins with / is beside the block."""
+    return f"{block.rpartition('.')[0]}.{name[1:]}" if name.startswith("/") else f"{block}.{name}"
+
+
 def _stack(block):
     """Which of several stacks of layers a block is in: "encoder", "decoder", or "" where there is one."""
-    first = block.split(".")[0]
-    return first if first in ("encoder", "decoder") else ""
+    return next((name for name in ("encoder", "decoder") if name in block.split(".")), "")
 
 
 def _find_block(checkpoint, family, layer):
     """The beginning of the names of a layer's tensors."""
-    for block in family.blocks:
+    names = []
+    for block in _blocks(family):
         number = str(layer)
         if _stack(block):
             stack, _, number = number.partition(".")
             if stack != _stack(block):
                 continue
-        name = block.format(layer=number)
-        if f"{name}.{family.router}" in checkpoint:
-            return name
-    layers = list_moe_layers(checkpoint.path)
-    raise CheckpointError(f"{checkpoint.path}: layer {layer!r} is no Mixture of Experts; those are {layers}")
+        names.append(block.format(layer=number))
+        if _full(names[-1], family.router) in checkpoint:
+            return names[-1]
+    message = (
+        f"{checkpoint.path}: layer {layer!r} is no Mixture of Experts; those are {list_moe_layers(checkpoint.path)}"
+    )
+    begun = next((name for name in names if any(tensor.startswith(f"{name}.experts.") for tensor in checkpoint)), None)
+    if begun is not None:
+        message += f". It has experts, but no tensor {_full(begun, family.router)}"
+    raise CheckpointError(message)
 
 
-def _find_stored(reader, family):
-    for stored in family.experts:
-        if reader.has(stored.up.format(e=0)):
-            return stored
-    raise CheckpointError(f"{reader.path}: has no tensor {reader.full(family.experts[0].up.format(e=0))}")
+def _find_stored(reader, ways, input_dim):
+    """The first of several ways of storing experts of which the tensors are there, and of their orientation."""
+    found = [stored for stored in ways if reader.has(stored.up.format(e=0))]
+    if not found:
+        raise CheckpointError(f"{reader.path}: has no tensor {reader.full(ways[0].up.format(e=0))}")
+    return next((stored for stored in found if _is_oriented(reader, stored, input_dim)), found[0])
+
+
+def _is_oriented(reader, stored, input_dim):
+    up, down = (reader.tensor(name.format(e=0)).shape for name in (stored.up, stored.down))
+    if stored.transposed:
+        up, down = ((*shape[:-2], *shape[:-3:-1]) for shape in (up, down))
+    return up[-1:] == (input_dim,) and down[-2:-1] == (input_dim,)
 
 
 class _Reader:
@@ -132,8 +170,8 @@ class _Reader:
         self._used = set()
 
     def full(self, name):
-        """The name in the checkpoint. A name that begins with / is beside the block."""
-        return self._block.rpartition(".")[0] + "." + name[1:] if name.startswith("/") else f"{self._block}.{name}"
+        """The name in the checkpoint."""
+        return _full(self._block, name)
 
     def has(self, name):
         return self.full(name) in self._checkpoint
@@ -170,13 +208,22 @@ def _vector(reader, name, size):
     return np.array(tensor, np.float32).reshape(size)
 
 
+def _width(reader, name, rows):
+    """Columns of a matrix with so many rows; at least one."""
+    shape = reader.tensor(name).shape
+    if len(shape) != 2 or shape[0] != rows or shape[1] == 0:
+        raise CheckpointError(f"{reader.path}: tensor {reader.full(name)} has shape {shape}, but must have ({rows}, S)")
+    return shape[1]
+
+
 def _router_arrays(reader, family, config):
     logits = config.num_experts + config.num_identity_experts
     arrays = {"router_weight": np.array(reader.tensor(family.router, (logits, config.input_dim)), np.float32)}
     if config.router_bias:
         arrays["router_bias"] = _vector(reader, family.router_bias, logits)
     if config.selection_bias:
-        arrays["e_score_correction_bias"] = _vector(reader, family.selection_bias, logits)
+        name = next(filter(reader.has, family.selection_bias), family.selection_bias[0])
+        arrays["e_score_correction_bias"] = _vector(reader, name, logits)
     return arrays
 
 
@@ -198,7 +245,7 @@ def _expert_arrays(reader, stored, config):
         _leave_identity_experts(reader, stored, config)
     else:
         arrays = [
-            _as_dtype(reader.tensor(name, (experts, *shape)), dtype)
+            _stacked(reader, name, (experts, *shape), dtype)
             for name, shape in ((stored.up, up_shape), (stored.down, down_shape))
         ]
     arrays = {f"{up_name}_proj": arrays[0], "down_proj": arrays[1]}
@@ -210,6 +257,7 @@ def _expert_arrays(reader, stored, config):
 
 def _gather(reader, stored, experts, up_shape, down_shape, dtype):
     """[up (E, F or 2F, H), down (E, H, F)] from a tensor for each expert, without a second copy of any two."""
+    _parts_of_expert(reader, stored, 0, up_shape, down_shape)  # before memory is taken for what may not be there
     up, down = (aligned_empty((experts, *shape), dtype) for shape in (up_shape, down_shape))
     for e in range(experts):
         _copy_expert(reader, stored, e, up[e], down[e])
@@ -225,35 +273,40 @@ def _leave_identity_experts(reader, stored, config):
 
 
 def _copy_expert(reader, stored, e, up, down):
-    rows, width = up.shape
-    first = 0
+    *parts, last = _parts_of_expert(reader, stored, e, up.shape, down.shape)
+    for target, part in zip(np.split(up, len(parts)), parts, strict=True):
+        target[...] = part
+    down[...] = last
+
+
+def _parts_of_expert(reader, stored, e, up_shape, down_shape):
+    """The tensors of one expert, mapped: gate and up or only up, and down."""
+    rows, width = up_shape
     names = [stored.up] if stored.gate is None else [stored.gate, stored.up]
-    for name in names:
-        n = rows // len(names)
-        up[first : first + n] = reader.tensor(name.format(e=e), (n, width))
-        first += n
-    down[...] = reader.tensor(stored.down.format(e=e), down.shape)
+    parts = [reader.tensor(name.format(e=e), (rows // len(names), width)) for name in names]
+    return [*parts, reader.tensor(stored.down.format(e=e), down_shape)]
 
 
-def _as_dtype(tensor, dtype):
+def _stacked(reader, name, shape, dtype):
     """The mapped tensor itself, or a copy in another dtype."""
-    if tensor.dtype == dtype:
-        return tensor
-    copy = aligned_empty(tensor.shape, dtype)
-    for target, source in zip(copy, tensor, strict=True):
-        target[...] = source
+    if reader.tensor(name, shape).dtype == dtype:
+        return reader.tensor(name)
+    copy = aligned_empty(shape, dtype)
+    for e in range(len(copy)):
+        # Mapped anew for each expert: what was read of a mapping counts as the process's memory while it lasts.
+        copy[e] = reader.tensor(name)[e]
     return copy
 
 
-def _shared_arrays(reader, family, config):
+def _shared_arrays(reader, stored, gate, config):
+    """The shared expert's up and down in the layout of the config, and its gate's weight."""
     up_name, rows = _names(config)
     rows = rows // config.hidden_dim * config.shared_hidden_dim
     dtype = FORMATS[config.dtype].values
     up = aligned_empty((rows, config.input_dim), dtype)
     down = aligned_empty((config.input_dim, config.shared_hidden_dim), dtype)
-    _copy_expert(reader, family.shared, 0, up, down)
+    _copy_expert(reader, stored, 0, up, down)
     arrays = {f"shared_{up_name}_proj": up, "shared_down_proj": down}
     if config.shared_gate:
-        gate = reader.tensor(family.shared_gate, (1, config.input_dim))
-        arrays["shared_gate_weight"] = np.array(gate, np.float32)
+        arrays["shared_gate_weight"] = np.array(reader.tensor(gate, (1, config.input_dim)), np.float32)
     return arrays

@@ -134,7 +134,10 @@ def mask_groups(keys, n_group, topk_group, group_score, group_mask):
 
 def route_logits(logits, config, bias=0.0, selection_bias=0.0):
     """logits (T, E) -> Routing, as a RouterConfig says. docs/routing.md states it in words."""
+    with np.errstate(over="ignore"):
+        infinite = ~np.isfinite(np.float32(logits)).all(axis=1)
     logits = np.float64(logits) + bias
+    logits[infinite] = np.nan
     if config.logit_softcap is not None:
         logits = config.logit_softcap * np.tanh(logits / config.logit_softcap)
     logits[np.isnan(logits).any(axis=1)] = np.nan

@@ -219,6 +219,12 @@ class TopKRouter:
         rows = tokens * config.top_k
         return max(1, math.ceil(min(_capacity(tokens, config.top_k, config.num_experts, factor), rows)))
 
+    #: What the noise of the next call depends on, as text; None without noise.
+    noise_state = None
+
+    def skip(self, calls: int) -> None:
+        """Go on as if `route` had been called so many times; nothing but noise depends on that."""
+
     def _noise(self, tokens):
         """What is added to the logits of T tokens: (T, E), or (0, 0) for nothing."""
         return _NO_NOISE
@@ -253,6 +259,16 @@ class NoisyTopKRouter(TopKRouter):
     def __setstate__(self, state):
         super().__setstate__(state)
         self._calls = itertools.count()
+
+    @property
+    def noise_state(self) -> str:
+        """What the noise of the next call depends on, as text."""
+        return f"{self.noise_std} {self._seed} {self._calls!r}"
+
+    def skip(self, calls: int) -> None:
+        """Go on as if `route` had been called so many times."""
+        for _ in range(calls):
+            next(self._calls)
 
     def _noise(self, tokens):
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, next(self._calls)])))

@@ -11,6 +11,7 @@ import argparse
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 
 # This file has the library's name, and Python looks beside the script first.
@@ -46,6 +47,8 @@ def main(arguments=None):
     from moe_numba.integrations.transformers import register
 
     register()
+    # past_key_values has another name from 5.24, which 5.23 does not know.
+    warnings.simplefilter("ignore", FutureWarning)
     transformers.utils.logging.set_verbosity_error()
     facts = machine() | {
         "torch": torch.__version__,
@@ -58,17 +61,19 @@ def main(arguments=None):
     }
     print(headline(facts))
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {options.layers} layers of OLMoE\n")
-    rows = []
+    rows, pools = [], []
     with torch.inference_mode():
         for dtype in options.dtype:
             model = build(options.layers, getattr(torch, dtype))
             if not agree(model, dtype):
                 return 1
             rows += measure(model, dtype, options)
+            pools += [alternate(model, dtype, count, options.rounds) for count in (1, options.prompt)]
             del model
     show(rows, options)
+    show_pools(pools)
     if options.output:
-        store(options.output, {"machine": facts, "results": rows})
+        store(options.output, {"machine": facts, "results": rows, "pools": pools})
     return 0
 
 
@@ -175,6 +180,43 @@ def one_turn(model, timer, options, seed):
         output = model(tokens(1, 1000 * seed + step), past_key_values=output.past_key_values, use_cache=True)
     decode = timer.take(), time.perf_counter() - start
     return {"prefill": prefill, "decode": tuple(seconds / options.new_tokens for seconds in decode)}
+
+
+def alternate(model, dtype, count, rounds, calls=10):
+    """One row: torch's product and our experts in turn, against each alone.
+
+    torch and Numba have a pool of threads each; if they fought for the cores, taking turns would cost more. Two
+    products of torch in turn are the control: what either evicts from the caches, both must read again.
+    """
+    import torch
+
+    layer = model.model.layers[0]
+    model.set_experts_implementation(OURS)
+    x = torch.randn(1, count, SIZES["hidden_size"]).to(layer.self_attn.q_proj.weight.dtype)
+    product, control = (lambda: layer.self_attn.q_proj(x)), (lambda: layer.self_attn.k_proj(x))
+    ratios = {"ours": [], "torch": []}
+    for number in range(rounds + 1):
+        for name, other in (("ours", lambda: layer.mlp(x)), ("torch", control)):
+            alone = seconds(calls, product) + seconds(calls, other)
+            if number:  # the first round warms up
+                ratios[name].append(seconds(calls, product, other) / alone)
+    return {"dtype": dtype, "tokens": count} | {name: statistics.median(r) for name, r in ratios.items()}
+
+
+def seconds(calls, *functions):
+    """Time of calling functions in turn."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        for function in functions:
+            function()
+    return time.perf_counter() - start
+
+
+def show_pools(pools):
+    lines = [("dtype", "tokens", "torch, ours", "torch, torch")]
+    lines += [(row["dtype"], str(row["tokens"]), f"{row['ours']:.2f}", f"{row['torch']:.2f}") for row in pools]
+    print("\nTwo operations in turn, times what they take alone: 1 where nothing is in the other's way.")
+    print("\n".join(table(lines)))
 
 
 def show(rows, options):

@@ -9,6 +9,8 @@ import numpy as np
 
 from moe_numba import MoeConfig, MoeLayer, TopKRouter
 from moe_numba._aligned import aligned_empty
+from moe_numba._engines import engine_for
+from moe_numba.formats import FORMATS
 from moe_numba.plan import DispatchPlan
 
 
@@ -51,7 +53,8 @@ def prepare(name, tokens, step):
         return router.route, [(x,) for x in inputs]
     routed = [(x, router.route(x)) for x in inputs]
     if step == "plan":
-        return DispatchPlan, [(r.expert_indices, r.slots_used, config.num_experts) for _, r in routed]
+        engine = engine_for(FORMATS[config.dtype].storage, config.transposed)
+        return DispatchPlan, [(r.expert_indices, r.slots_used, config.num_experts, engine) for _, r in routed]
     layer = make_layer(config)
     if step == "experts":
         return layer.experts.forward, [(x, r.expert_indices, r.expert_weights, r.slots_used) for x, r in routed]

@@ -7,9 +7,12 @@ from hypothesis import HealthCheck, settings
 import moe_numba
 from moe_numba import threads
 
-settings.register_profile(
-    "quick", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+_unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.register_profile("quick", _unhurried, max_examples=30)
+#: Without the JIT a case takes a hundred times as long.
+settings.register_profile("plain", _unhurried, max_examples=50)
+#: By hand: docs/reliability.md.
+settings.register_profile("long", _unhurried, max_examples=2000)
 settings.load_profile("quick")
 
 

@@ -5,9 +5,12 @@ import mmap
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
+from numba import njit
 
 import moe_numba
 from moe_numba import MoeConfig, MoeLayer, reference
@@ -16,6 +19,11 @@ from moe_numba.config import ACTIVATIONS
 PACKAGE = Path(moe_numba.__file__).parent
 ALL_ACTIVATIONS = sorted(ACTIVATIONS)
 TOLERANCE = 2e-5
+
+
+def compiled(function):
+    """`function` compiled by Numba; without the JIT as silent about infinities as compiled code."""
+    return np.errstate(all="ignore")(njit(function))
 
 
 def random_array(rng, *shape):
@@ -51,11 +59,47 @@ def layer_reference(layer, x, routing):
     )
 
 
-def assert_close(actual, expected, tolerance=TOLERANCE):
-    """Equal shapes, and differences below `tolerance` times the largest magnitude."""
+def block_reference(layer, x, routing, operand=lambda x: x):
+    """The whole block in float64, given the routing; `operand` rounds what experts multiply, as their format does."""
+    config = layer.config
+    indices, weights = routing.expert_indices, np.float64(routing.expert_weights)
+    if config.apply_router_weight_on_input:
+        slots = (
+            experts_reference(
+                layer.experts,
+                operand(x * weights[:, k : k + 1]),
+                indices[:, k : k + 1],
+                np.ones((len(x), 1)),
+                np.ones(len(x), int),
+            )
+            for k in range(config.top_k)
+        )
+        lost = np.arange(config.top_k) >= routing.slots_used[:, None]
+        y = sum(np.where(lost[:, k : k + 1], 0, slot) for k, slot in enumerate(slots))
+    else:
+        y = layer_reference(layer, operand(x), routing)
+    for k in range(config.top_k):
+        identity = indices[:, k] >= config.num_experts
+        y[identity] += weights[identity, k : k + 1] * x[identity]
+    if layer.shared_experts is not None:
+        zeros, ones = np.zeros((len(x), 1), int), np.ones(len(x), int)
+        gate = np.ones((len(x), 1))
+        if layer.shared_gate is not None:
+            gate = reference.sigmoid(np.float64(x) @ np.float64(layer.shared_gate.weight[0]))[:, None]
+        y += experts_reference(layer.shared_experts, operand(x), zeros, gate, ones)
+    return y
+
+
+def as_bfloat16(x):
+    """x rounded to bfloat16, as float32."""
+    return np.float32(x).astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def assert_close(actual, expected, tolerance=TOLERANCE, least=1e-30):
+    """Equal shapes, and differences below `tolerance` times the largest magnitude, but at least `least`."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape
-    scale = max(np.abs(expected).max(initial=0.0), 1e-30)
+    scale = max(np.abs(expected).max(initial=0.0), least)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
 
 
@@ -83,6 +127,14 @@ def assert_routing(result, top_k, capacity_factor, overflow):
     assert result.num_dropped == (0 if capacity is None else np.count_nonzero(used == 0))
 
 
+def assert_same_routing(result, expected):
+    """`result` is what the specification says: choices and counts exactly, weights and scores rounded."""
+    for name in ("expert_indices", "slots_used", "expert_counts", "num_dropped"):
+        np.testing.assert_array_equal(getattr(result, name), getattr(expected, name))
+    for name in ("expert_weights", "routing_probs"):
+        np.testing.assert_allclose(getattr(result, name), getattr(expected, name), rtol=1e-5, atol=1e-9)
+
+
 def guarded_copy(array):
     """A copy whose last byte is the last of a page, with a page behind it that cannot be read."""
     page = mmap.PAGESIZE
@@ -95,6 +147,49 @@ def guarded_copy(array):
     copy = np.frombuffer(memory, array.dtype, array.size, size - array.nbytes).reshape(array.shape)
     copy[...] = array
     return copy
+
+
+def unaligned(x):
+    memory = np.empty(x.nbytes + 1, np.uint8)
+    view = memory[1:].view(x.dtype).reshape(x.shape)
+    view[...] = x
+    return view
+
+
+def off_the_cache_line(x):
+    memory = np.empty(x.size + 1, x.dtype)
+    memory[1:] = x.ravel()
+    return memory[1:].reshape(x.shape)
+
+
+def read_only(x):
+    copy = x.copy()
+    copy.flags.writeable = False
+    return copy
+
+
+def mapped(x):
+    """A copy in a file without a name, mapped read-only."""
+    if x.size == 0:  # a file of no bytes cannot be mapped
+        return x
+    with tempfile.TemporaryFile() as file:
+        file.write(x.tobytes())
+        file.flush()
+        return np.memmap(file, x.dtype, "r", shape=x.shape)
+
+
+#: Ways in which an array of at least one dimension may lie in memory.
+LAYOUTS = {
+    "fortran": np.asfortranarray,
+    "every second row": lambda x: np.repeat(x, 2, axis=0)[::2],
+    "every second column": lambda x: np.repeat(x, 2, axis=-1)[..., ::2],
+    "negative strides": lambda x: np.flip(np.flip(x).copy()),
+    "read-only": read_only,
+    "unaligned": unaligned,
+    "off the cache line": off_the_cache_line,
+    "at the end of memory": guarded_copy,
+    "mapped": mapped,
+}
 
 
 def run_python(code, package_root=PACKAGE.parent, **environment):

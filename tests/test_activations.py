@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from numba import njit
+from helpers import compiled
 from numpy.testing import assert_array_equal
 
 from moe_numba import reference
@@ -11,10 +11,12 @@ from moe_numba.kernels.activations import CODES, activate
 from moe_numba.simd.target import LANES
 from moe_numba.simd.vector import load, pointer, store
 
+pytestmark = pytest.mark.plain
+
 FUNCTIONS = sorted(reference.FUNCTIONS)
 
 
-@njit
+@compiled
 def _apply(code, x, out):
     for i in range(0, x.size, LANES):
         n = min(LANES, x.size - i)

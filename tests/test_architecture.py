@@ -24,8 +24,11 @@ FLOORS = [
     ["losses"],
     ["router"],
     ["experts"],
-    ["plan", "_init", "_files", "_tokens"],
+    ["plan", "_init", "_tokens", "_partial"],
+    ["_safetensors"],
+    ["_files"],
     ["_workspace"],
+    ["_engines"],
     ["kernels"],
     ["simd"],
     ["formats", "_jit", "threads"],
@@ -38,8 +41,8 @@ LEVEL = {room: len(FLOORS) - i for i, rooms in enumerate(FLOORS) for room in roo
 
 #: Within a package of several files.
 WITHIN = {
-    "simd": ["target", "vector", "tile", "outer", "math", "atomic"],
-    "kernels": ["activations", "projection", "plan", "scoring", "routing", "experts"],
+    "simd": ["target", "plain", "vector", "tile", "outer", "amx", "math", "atomic"],
+    "kernels": ["activations", "projection", "plan", "scoring", "routing", "experts", "amx"],
     "integrations": ["__init__", "transformers"],
     "formats": ["format", "float32", "bfloat16", "__init__"],
 }
@@ -193,7 +196,17 @@ def test_public_names_are_documented(name):
 def test_every_module_has_a_test():
     tests = {path.stem for path in Path(__file__).parent.glob("test_*.py")}
     #: Tested through the modules that use them.
-    elsewhere = {"_check", "_files", "_tokens", "_version", "_warmup", "__init__", "__main__", "pretrained"}
+    elsewhere = {
+        "_check",
+        "_files",
+        "_safetensors",
+        "_tokens",
+        "_version",
+        "_warmup",
+        "__init__",
+        "__main__",
+        "pretrained",
+    }
     for path in SOURCES:
         if path.parent == PACKAGE and path.stem not in elsewhere:
             assert f"test_{path.stem.strip('_')}" in tests, path.stem

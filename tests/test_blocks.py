@@ -5,11 +5,10 @@ import pickle
 
 import numpy as np
 import pytest
-from helpers import assert_close, assert_same_bits, experts_reference, layer_reference, random_array
+from helpers import assert_close, assert_same_bits, block_reference, layer_reference, random_array
 
 from moe_numba import CheckpointError, MoeConfig, MoeLayer, MoeValueError
 from moe_numba.config import DTYPES
-from moe_numba.reference import sigmoid
 
 PLAIN = {"num_experts": 6, "top_k": 2, "capacity_factor": None, "input_dim": 33, "hidden_dim": 20}
 FORMS = {
@@ -43,35 +42,6 @@ def layer_of(form, seed=0, **options):
         if name.endswith("bias"):
             tensors[name][...] = random_array(rng, *tensors[name].shape)
     return layer
-
-
-def block_reference(layer, x, routing):
-    """The whole block in float64, given the routing."""
-    config = layer.config
-    indices, weights = routing.expert_indices, np.float64(routing.expert_weights)
-    if config.apply_router_weight_on_input:
-        slots = (
-            experts_reference(
-                layer.experts,
-                x * weights[:, k : k + 1],
-                indices[:, k : k + 1],
-                np.ones((len(x), 1)),
-                np.ones(len(x), int),
-            )
-            for k in range(config.top_k)
-        )
-        return sum(slots)
-    y = layer_reference(layer, x, routing)
-    for k in range(config.top_k):
-        identity = indices[:, k] >= config.num_experts
-        y[identity] += weights[identity, k : k + 1] * x[identity]
-    if layer.shared_experts is not None:
-        zeros, ones = np.zeros((len(x), 1), int), np.ones(len(x), int)
-        gate = np.ones((len(x), 1))
-        if layer.shared_gate is not None:
-            gate = sigmoid(np.float64(x) @ np.float64(layer.shared_gate.weight[0]))[:, None]
-        y += experts_reference(layer.shared_experts, x, zeros, gate, ones)
-    return y
 
 
 @EACH_FORM

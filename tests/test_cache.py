@@ -242,10 +242,9 @@ def _interrupted(path, content):
 def test_a_full_disk_is_one_warning_and_no_file(source, tmp_path, monkeypatch):
     with monkeypatch.context() as full:
         full.setattr(Path, "write_bytes", _full_disk)
-        with pytest.warns(RuntimeWarning, match="cannot be cached.*No space left") as warned:
+        with pytest.warns(RuntimeWarning, match="cannot be cached.*No space left"):
             assert _call(source) == (0, 1)
-            assert _call(source, np.int64) == (0, 1)
-    assert len(warned) == 1
+        assert _call(source, np.int64) == (0, 1)  # without a warning, which would be an error
     assert _files(tmp_path / "cache") == []
     assert _call(source) == (0, 1)
     assert _call(source) == (1, 0)

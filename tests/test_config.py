@@ -147,6 +147,7 @@ CLASHES = {
     "apply_router_weight_on_input": [{"apply_router_weight_on_input": True, "num_identity_experts": 1}],
     "interleaved": [{"interleaved": True, "activation": "gelu"}],
     "group_score": [{"n_group": 8, "group_score": "top2_sum"}],
+    "n_group": [{"num_experts": 128, "n_group": 64}],
     "score_before_topk": [{"n_group": 2, "score_before_topk": False}],
     "shared_gate": [{"shared_gate": True}],
     "top_k": [{"top_k": 5, "n_group": 4, "topk_group": 2}, {"top_k": 11, "num_identity_experts": 2}],

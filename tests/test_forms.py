@@ -11,6 +11,7 @@ from helpers import assert_close, assert_same_bits, experts_reference, guarded_c
 from moe_numba import MoeValueError
 from moe_numba.config import DTYPES
 from moe_numba.experts import Expert, Experts
+from moe_numba.kernels.projection import OUTER_BLOCK
 from moe_numba.simd.outer import OUTER_COLUMNS
 
 GPT_OSS = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702, "swiglu_beta": 1.0}
@@ -71,6 +72,12 @@ def test_storage(rng, tokens, shape, transposed, interleaved, dtype):
 @pytest.mark.parametrize("activation", ["relu2", "gelu"])
 def test_transposed_without_gate(rng, dtype, activation):
     assert_form(rng, random_experts(rng, (3, 37, 45), dtype, activation=activation, transposed=True), 40)
+
+
+@pytest.mark.plain
+def test_transposed_wider_than_a_tile_and_longer_than_a_block(rng):
+    shape = (2, OUTER_BLOCK + 3, OUTER_COLUMNS + 1)
+    assert_form(rng, random_experts(rng, shape, activation="relu2", transposed=True), 3)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import copy
 import pickle
 from pathlib import Path
 
+import helpers
 import ml_dtypes
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from helpers import (
     layer_reference,
     random_array,
     random_layer,
+    read_only,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -144,37 +146,9 @@ def test_other_floats_are_converted(layer, x, dtype):
     assert_same_bits(y, layer(other.astype(np.float32))[0])
 
 
-def _unaligned(x):
-    memory = np.empty(x.nbytes + 1, np.uint8)
-    view = memory[1:].view(x.dtype).reshape(x.shape)
-    view[...] = x
-    assert not view.flags.aligned
-    return view
-
-
-def _off_the_cache_line(x):
-    memory = np.empty(x.size + 1, np.float32)
-    memory[1:] = x.ravel()
-    return memory[1:].reshape(x.shape)
-
-
-def _read_only(x):
-    copy = x.copy()
-    copy.flags.writeable = False
-    return copy
-
-
-LAYOUTS = {
-    "fortran": np.asfortranarray,
-    "every second row": lambda x: np.repeat(x, 2, axis=0)[::2],
-    "every second column": lambda x: np.repeat(x, 2, axis=1)[:, ::2],
-    "negative strides": lambda x: x[::-1, ::-1].copy()[::-1, ::-1],
+LAYOUTS = helpers.LAYOUTS | {
     "transposed batch": lambda x: x.reshape(3, 4, -1).transpose(1, 0, 2).copy().transpose(1, 0, 2),
     "broadcast": lambda x: np.broadcast_to(x[0], x.shape),
-    "read-only": _read_only,
-    "unaligned": _unaligned,
-    "off the cache line": _off_the_cache_line,
-    "at the end of memory": guarded_copy,
     "nested lists": lambda x: x.tolist(),
     "matrix": lambda x: x.view(np.matrix),
 }
@@ -275,7 +249,7 @@ def test_chunks_do_not_change_the_result(rng, monkeypatch, policy):
     x[::50] = np.nan
     whole, _ = layer(x)
     monkeypatch.setattr(_workspace, "CHUNK_BYTES", 1)
-    assert _workspace.chunk_tokens(2, 20, 30) < 333 / 3
+    assert _workspace.chunk_tokens(layer.experts.engine, 2, 6, 20, 30, 1) < 333 / 3
     chunked, _ = layer(x)
     assert_same_bits(chunked, whole)
 
@@ -320,7 +294,7 @@ def test_from_weights_uses_arrays_in_place(rng, activation, bias):
     assert np.shares_memory(layer.experts[1].w2, arrays["down_proj"])
 
 
-@pytest.mark.parametrize("convert", [np.float64, np.float16, BFLOAT16, _read_only, np.asfortranarray, guarded_copy])
+@pytest.mark.parametrize("convert", [np.float64, np.float16, BFLOAT16, read_only, np.asfortranarray, guarded_copy])
 def test_from_weights_takes_other_arrays(rng, convert):
     config = MoeConfig(3, 2, None, 0.0, 4, 5, activation="swiglu")
     arrays = _arrays(rng, "swiglu", True)

@@ -1,6 +1,9 @@
 """Peak memory of a forward is what docs/performance.md says."""
 
+import pytest
 from helpers import run_python
+
+pytestmark = pytest.mark.jit
 
 _CODE = """
 import numpy as np

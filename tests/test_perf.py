@@ -10,6 +10,8 @@ import numpy as np
 import pyperf
 import pytest
 
+pytestmark = pytest.mark.jit
+
 PERF = Path(__file__).resolve().parent.parent / "perf"
 STEPS = ("router", "plan", "experts", "layer")
 STEADY = [1.00, 1.01, 1.02, 0.99, 0.98]

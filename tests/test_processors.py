@@ -3,6 +3,10 @@
 import pytest
 from helpers import run_python
 
+from moe_numba.simd.target import has_bf16_dot
+
+pytestmark = pytest.mark.jit
+
 _CODE = """
 import ml_dtypes
 import numpy as np
@@ -37,10 +41,13 @@ PROCESSORS = {
     "nehalem": "4 False",  # SSE 4.2
     "haswell": "8 False",  # AVX2 and FMA
     "skylake-avx512": "16 False",
+    "cooperlake": "16 True",  # AVX512-BF16, and no AMX
 }
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_layer_on_another_processor(processor):
+    if processor == "cooperlake" and not has_bf16_dot():
+        pytest.skip("this processor has no AVX512-BF16")
     printed, _ = run_python(_CODE, NUMBA_CPU_NAME=processor, NUMBA_CPU_FEATURES="")
     assert printed.strip() == PROCESSORS[processor]

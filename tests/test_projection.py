@@ -2,16 +2,17 @@
 
 import numpy as np
 import pytest
-from helpers import assert_same_bits, guarded_copy, random_array
-from numba import njit
+from helpers import assert_same_bits, compiled, guarded_copy, random_array
 from numpy.testing import assert_array_equal
 
 from moe_numba.kernels.projection import BLOCK_STEPS, CONSECUTIVE, ROW_BLOCK, project
 from moe_numba.simd.target import LANES
 from moe_numba.simd.vector import pointer
 
+pytestmark = pytest.mark.plain
 
-@njit
+
+@compiled
 def _project(a, row_ids, w, out, columns):
     project(
         pointer(a, 0),

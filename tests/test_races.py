@@ -7,11 +7,14 @@ between them: when a core was held up for a moment, 64 rows of a batch were wron
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 from numba import prange
 
 from moe_numba._jit import Kernel, helper
 from moe_numba.simd.atomic import take_next
 from moe_numba.simd.vector import pointer
+
+pytestmark = pytest.mark.jit
 
 
 class Memory(NamedTuple):

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.jit
+
 PERF = Path(__file__).resolve().parent.parent / "perf"
 BUFFER = 2**25  # bytes
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.jit
+
 PERF = Path(__file__).resolve().parent.parent / "perf"
 
 

@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from helpers import assert_same_bits, random_array
+from helpers import assert_same_bits, assert_same_routing, random_array
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
@@ -62,12 +62,7 @@ def assert_as_reference(router, logits):
     result = router.route(logits)
     biases = (0.0 if b is None else b for b in (router.bias, router.e_score_correction_bias))
     expected = reference.route_logits(logits, router.config, *biases)
-    assert_array_equal(result.expert_indices, expected.expert_indices)
-    assert_array_equal(result.slots_used, expected.slots_used)
-    assert_array_equal(result.expert_counts, expected.expert_counts)
-    assert result.num_dropped == expected.num_dropped
-    assert_allclose(result.expert_weights, expected.expert_weights, rtol=3e-6, atol=1e-9)
-    assert_allclose(result.routing_probs, expected.routing_probs, rtol=3e-6, atol=1e-9)
+    assert_same_routing(result, expected)
     return result
 
 
@@ -93,6 +88,7 @@ def test_rules_with_limits(rng, rules, overflow, limit):
     )
 
 
+@pytest.mark.plain
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_any_rules(data):
@@ -154,6 +150,20 @@ def test_a_bad_token_becomes_nan_or_stays_a_choice_and_spoils_no_other(rng, rule
     others = np.arange(6) != 2
     assert_same_bits(result.expert_weights[others], good.expert_weights[others])
     assert_array_equal(result.expert_indices[others], good.expert_indices[others])
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, 3e38])
+def test_infinite_logits_are_nan_whatever_the_scores(rng, rules, bad):
+    """Sigmoid and the cap would turn them into numbers."""
+    router = router_of(rng, RouterConfig(32, 32, 3, None, **RULES[rules]))
+    router.weight = np.full((32, 32), 2.0)
+    x = np.zeros((2, 32), np.float32)
+    x[0, 7] = bad
+    result = router.route(x)
+    assert np.isnan(result.routing_probs[0]).all()
+    assert np.isnan(result.expert_weights[0]).all()
+    assert np.isfinite(result.expert_weights[1]).all()
 
 
 @pytest.mark.parametrize("rules", RULES)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from helpers import guarded_copy, random_array
+from helpers import compiled, guarded_copy, random_array
 from numba import njit, prange
 from numpy.testing import assert_array_equal
 
@@ -37,12 +37,14 @@ from moe_numba.simd.vector import (
     where_less,
 )
 
+pytestmark = pytest.mark.plain
+
 EXP, LOGISTIC, NORMAL_CDF, ROUND_EVEN, POWER_OF_TWO = range(5)
 
 # ---- memory ----
 
 
-@njit
+@compiled
 def _load_and_store(x, start, n, loaded, filled, stored):
     source = pointer(x, start)
     store(load(source, 0, n), pointer(loaded, 0), 0, LANES)
@@ -68,7 +70,7 @@ def test_load_and_store_touch_only_the_first_lanes(n):
 # ---- arithmetic ----
 
 
-@njit
+@compiled
 def _arithmetic(a, b, c, out):
     x, y, z = load(pointer(a, 0), 0, LANES), load(pointer(b, 0), 0, LANES), load(pointer(c, 0), 0, LANES)
     to = pointer(out, 0)
@@ -123,7 +125,7 @@ def test_comparisons_with_nan():
 # ---- mathematics ----
 
 
-@njit
+@compiled
 def _apply(function, x, out):
     for i in range(0, x.size, LANES):
         n = min(LANES, x.size - i)
@@ -194,7 +196,7 @@ def test_round_even_and_powers_of_two():
 # ---- tiles ----
 
 
-@njit
+@compiled
 def _dot_products(a, rows_at, w, w_stride, length, first, out, out_at, columns):
     columns_at = clamped_offsets(w_stride, columns - 1)
     rows, weights = pointer(a, 0), pointer(w, 0)

@@ -10,6 +10,8 @@ from helpers import assert_same_bits, random_array, random_layer, run_python
 
 from moe_numba import get_num_threads, set_num_threads, threads
 
+pytestmark = pytest.mark.jit
+
 LIMIT = numba.config.NUMBA_NUM_THREADS
 
 

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from helpers import assert_close, assert_routing, layer_reference, random_array, random_layer
 
+pytestmark = pytest.mark.plain
+
 CONFIG = {"num_experts": 5, "top_k": 2, "input_dim": 20, "hidden_dim": 12}
 
 

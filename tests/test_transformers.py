@@ -87,7 +87,7 @@ def test_experts(caplog, model_type, dtype):
     assert not said(caplog)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES[:5])
+@pytest.mark.parametrize("model_type", [*MODEL_TYPES[:5], "minimax_m3_vl_text", "nemotron_h", "aria_text"])
 def test_generates_the_same_tokens(model_type):
     model = model_of(model_type)
     torch.manual_seed(1)
@@ -138,6 +138,13 @@ def test_changed_and_replaced_weights_are_noticed(model_type):
     args = (args[0].float(), *args[1:])
     ours, eager = both(module, *args)
     assert (ours - eager).abs().max() <= 1e-5 * eager.abs().max()
+
+
+def test_models_built_in_inference_mode():
+    with torch.inference_mode():
+        module = experts_module(model_of("gpt_oss", "bfloat16"))
+        ours, eager = both(module, *call(module))
+        assert (ours - eager).abs().max() <= 2**-6 * eager.abs().max()
 
 
 def test_models_can_be_copied_and_saved():

@@ -8,53 +8,74 @@ import pytest
 
 from moe_numba import _workspace
 from moe_numba._aligned import CACHE_LINE
-from moe_numba._workspace import chunk_tokens, take_workspace
+from moe_numba._engines import AMX, VECTORS, VECTORS_BFLOAT16, Sizes
+from moe_numba._workspace import chunk_tokens
+
+ENGINES = (VECTORS, VECTORS_BFLOAT16, AMX)
 
 
-@pytest.mark.parametrize("operand", [np.dtype(np.float32), np.dtype(np.uint16)])
+def take_workspace(engine, sizes):
+    return engine.workspace(*_workspace.take_workspace(engine, sizes))
+
+
+every_engine = pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
+
+
+@pytest.mark.parametrize("engine", [VECTORS, VECTORS_BFLOAT16], ids=lambda engine: engine.name)
 @pytest.mark.parametrize("width", range(1, 130))
-def test_rows_are_an_odd_number_of_cache_lines(width, operand):
-    rows = take_workspace(2, 2, width, 1, 1, operand).tokens
+def test_rows_are_an_odd_number_of_cache_lines(width, engine):
+    rows = take_workspace(engine, Sizes(2, 2, 1, width, 1, 1)).tokens
     lines, rest = divmod(rows.strides[0], CACHE_LINE)
     assert rest == 0
     assert lines % 2 == 1
-    assert width * operand.itemsize <= rows.strides[0] < width * operand.itemsize + 2 * CACHE_LINE
+    assert width * rows.itemsize <= rows.strides[0] < width * rows.itemsize + 2 * CACHE_LINE
 
 
 def _parts(space):
-    return [space.tokens, space.hidden, space.output, space.scratch]
+    return space[:-1]  # all but counters
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (7, 14, 33, 65, 2), (100, 800, 16, 16, 1)])
-def test_parts_are_large_enough_and_do_not_overlap(sizes):
-    tokens, rows, input_dim, hidden_dim, threads = sizes
-    space = take_workspace(*sizes, np.dtype(np.float32))
-    for part, shape in zip(_parts(space), [(tokens, input_dim), (rows, hidden_dim), (rows, input_dim)], strict=False):
-        assert len(part) >= shape[0]
-        assert part.shape[1] >= shape[1]
+@every_engine
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1, 1), (7, 14, 4, 33, 65, 2), (100, 800, 64, 16, 16, 1)])
+def test_parts_are_large_enough_and_do_not_overlap(engine, sizes):
+    sizes = Sizes(*sizes)
+    space = take_workspace(engine, sizes)
+    for part, (rows, length, dtype) in zip(_parts(space), engine.shapes(sizes), strict=True):
+        assert part.shape == (rows, length)
+        assert part.dtype == dtype
         assert part.ctypes.data % CACHE_LINE == 0
-    assert len(space.scratch) == threads
+    assert len(space.scratch) == sizes.threads
+    assert len(space.sums) == sizes.threads
+    assert space.sums.shape[1] % sizes.tokens == 0
     ends = sorted((part.ctypes.data, part.ctypes.data + part.nbytes) for part in _parts(space))
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
 
 
-def test_memory_is_used_again_by_the_same_thread_only():
-    sizes = (5, 10, 8, 8, 1, np.dtype(np.float32))
-    mine = take_workspace(*sizes)
-    assert np.shares_memory(mine.tokens, take_workspace(*sizes).tokens)
+@every_engine
+def test_memory_is_used_again_by_the_same_thread_only(engine):
+    sizes = Sizes(5, 10, 4, 8, 8, 1)
+    mine = take_workspace(engine, sizes)
+    assert np.shares_memory(mine.tokens, take_workspace(engine, sizes).tokens)
     others = []
-    thread = threading.Thread(target=lambda: others.append(take_workspace(*sizes)))
+    thread = threading.Thread(target=lambda: others.append(take_workspace(engine, sizes)))
     thread.start()
     thread.join()
     assert not any(np.shares_memory(a, b) for a in _parts(mine) for b in _parts(others[0]))
 
 
-@pytest.mark.parametrize(("top_k", "input_dim", "hidden_dim"), [(8, 2048, 1024), (1, 16, 16), (2, 4096, 14336)])
-def test_a_chunk_stays_below_its_bound(monkeypatch, top_k, input_dim, hidden_dim):
-    tokens = chunk_tokens(top_k, input_dim, hidden_dim)
-    space = take_workspace(64, 64 * top_k, input_dim, hidden_dim, 1, np.dtype(np.float32))
-    per_token = sum(part.nbytes for part in _parts(space)[:3]) / 64
-    assert tokens * per_token <= _workspace.CHUNK_BYTES
-    assert (tokens + 1) * per_token > _workspace.CHUNK_BYTES
+@every_engine
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "input_dim", "hidden_dim"), [(64, 8, 2048, 1024), (2, 1, 16, 16), (8, 2, 4096, 14336)]
+)
+def test_a_chunk_stays_below_its_bound(monkeypatch, engine, num_experts, top_k, input_dim, hidden_dim):
+    layer = num_experts, input_dim, hidden_dim, 2
+    tokens = chunk_tokens(engine, top_k, *layer)
+
+    def size(tokens):
+        shapes = engine.shapes(Sizes(tokens, tokens * top_k, *layer))
+        return sum(rows * length * np.dtype(dtype).itemsize for rows, length, dtype in shapes)
+
+    assert size(tokens) <= _workspace.CHUNK_BYTES
+    assert size(tokens + 16) > _workspace.CHUNK_BYTES  # one group more
     monkeypatch.setattr(_workspace, "CHUNK_BYTES", 1)
-    assert chunk_tokens(top_k, input_dim, hidden_dim) == 64
+    assert chunk_tokens(engine, top_k, *layer) == 64

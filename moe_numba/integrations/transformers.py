@@ -104,7 +104,7 @@ def _experts_of(module):
     parameters = _parameters(module)
     state = [(p.data_ptr(), p.dtype, p.shape) for p in parameters if p is not None]
     if module.has_bias:  # converted to float32, so a change in place must be noticed
-        state += [p._version for p in parameters[2:]]
+        state += [None if p.is_inference() else p._version for p in parameters[2:]]
     known = _known.get(module)
     if known is None or known[0] != state:
         known = _known[module] = state, _build(module, *parameters)

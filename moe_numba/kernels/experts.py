@@ -8,24 +8,21 @@ from numba import prange
 from .._jit import helper, inline, kernel
 from ..simd.atomic import take_next
 from ..simd.target import LANES
-from ..simd.vector import element, even_lanes, fma, load, odd_lanes, offset, pointer, splat, store, store_operand
+from ..simd.vector import even_lanes, fma, load, odd_lanes, offset, pointer, splat, store, store_operand
 from .activations import activate, gated
+from .plan import Rows, columns_per_piece, most_rows, piece
 from .projection import CONSECUTIVE, ROW_BLOCK, project, project_transposed
 
 #: Output columns per piece of work are a multiple of this, itself one of the tile's columns and of LANES.
 COLUMN_BLOCK = 48
-#: Output columns per piece of work at most. With a row or two per expert pieces of 384 columns were read
-#: from memory 5 % faster than those of 96: the processor fetches a long stream ahead.
-MOST_COLUMNS = 384
-#: Pieces of work per thread at least, so that threads end at about the same time.
-PIECES = 8
 #: The same of transposed weights, whose tiles are wider.
 TRANSPOSED_BLOCK = 2 * COLUMN_BLOCK
 #: float32 scratch of one thread: gate and up of one piece of work.
 SCRATCH_SIZE = 2 * ROW_BLOCK * TRANSPOSED_BLOCK
-#: Tokens per piece of work where tokens are copied, and where outputs are summed.
+#: Output columns of a piece of work at most, for all tokens: scratch holds as many for a block of rows.
+OUTPUT_COLUMNS = SCRATCH_SIZE // ROW_BLOCK
+#: Tokens per piece of work where tokens are copied.
 ENCODE_BLOCK = 16
-COMBINE_BLOCK = 8
 
 
 class Form(NamedTuple):
@@ -48,21 +45,12 @@ class Weights(NamedTuple):
     down_bias: np.ndarray  #: (E, H) or (0, 0)
 
 
-class Rows(NamedTuple):
-    """Rows sorted by expert, as `plan_rows` lays them out."""
-
-    row_token: np.ndarray  #: (at least R,) int64
-    slot_row: np.ndarray  #: (at least T, K) int64
-    blocks: np.ndarray  #: (at least n_blocks, 3) int64: expert, first row, end row
-    n_blocks: int
-
-
 class Workspace(NamedTuple):
     """Memory that a forward writes and nobody reads afterwards. Rows are padded and aligned."""
 
     tokens: np.ndarray  #: (at least T, stride >= H) tokens, as the format multiplies them
     hidden: np.ndarray  #: (at least R, stride >= F) hidden values, as the format multiplies them
-    output: np.ndarray  #: (at least R, stride >= H) float32 experts' outputs, sorted by expert
+    sums: np.ndarray  #: (threads, T output columns) float32 of a piece of work of the second projection
     scratch: np.ndarray  #: (threads, SCRATCH_SIZE) float32
     counters: np.ndarray  #: (2,) int64
 
@@ -72,7 +60,8 @@ def experts_forward(x, weights, form, transposed, rows, topk_weights, used, spac
     """y[t] = sum over used slots k of topk_weights[t, k] * expert[slot (t, k)](x[t]).
 
     x             (T, H) float32 tokens
-    weights       Weights of all experts
+    weights       Weights of all experts; this, form, rows and space as plain tuples, which cross from
+                  Python 0.5 us faster than named ones
     form          Form of the experts
     transposed    None, or True if weights are stored [in, out]. Numba drops the branches of what is None
                   before it compiles: a layer of the usual storage does not wait 1.5 s for the other.
@@ -82,26 +71,27 @@ def experts_forward(x, weights, form, transposed, rows, topk_weights, used, spac
     space         Workspace
     y             (T, H) float32, written. A token without rows gets its first weight, 0 or NaN.
 
-    Four steps, each parallel: tokens to the format's operands, over tokens; first projection and
-    activation, over (block of rows, block of hidden columns); second projection, over (block of
-    rows, block of output columns); weighted sum, over tokens. Threads take the next piece when
-    they are done with one, so a slow core does not hold up the others; every value is written by
-    one thread in one order. A thread takes the next piece before it begins with one, to ask for its
+    Three steps, each parallel: tokens to the format's operands, over tokens; first projection and
+    activation, over (block of rows, block of hidden columns); second projection and weighted sum, over
+    blocks of output columns. Threads take the next piece when they are done with one, so a slow core does
+    not hold up the others; every value is written by one thread in one order: a token's experts are added
+    up in order of their numbers. A thread takes the next piece before it begins with one, to ask for its
     weights in time.
     """
-    threads = space.scratch.shape[0]
+    w = Weights(*weights)  # one by one: Numba does not find the classes of those unpacked together
+    f = Form(*form)
+    r = Rows(*rows)
+    s = Workspace(*space)
+    threads = s.scratch.shape[0]
     tokens = used.shape[0]
-    space.counters[:] = 0
+    s.counters[:] = 0
     for block in prange((tokens + ENCODE_BLOCK - 1) // ENCODE_BLOCK):
         first = np.int64(block) * ENCODE_BLOCK
-        _encode(x, first, min(first + ENCODE_BLOCK, tokens), weights, space)
+        _encode(x, first, min(first + ENCODE_BLOCK, tokens), w, s)
     for worker in prange(threads):
-        _up_projection(weights, form, transposed, rows, space, np.int64(worker))
-    for _ in prange(threads):
-        _down_projection(weights, transposed, rows, space)
-    for block in prange((tokens + COMBINE_BLOCK - 1) // COMBINE_BLOCK):
-        first = np.int64(block) * COMBINE_BLOCK
-        _combine(first, min(first + COMBINE_BLOCK, tokens), rows, topk_weights, used, space, y)
+        _up_projection(w, f, transposed, r, s, np.int64(worker))
+    for worker in prange(threads):
+        _down_projection(w, transposed, r, topk_weights, used, s, y, np.int64(worker))
 
 
 @helper
@@ -118,24 +108,11 @@ def _encode(x, first, end, weights, space):
             store_operand(load(token, i, n), row, i, n, like)
 
 
-@helper
-def _columns_per_piece(rows, width, threads, transposed):
-    """Columns of a piece of work over `width` columns: as many as scratch holds, but enough pieces."""
-    most_rows = 1
-    for block in range(rows.n_blocks):
-        most_rows = max(most_rows, rows.blocks[block, 2] - rows.blocks[block, 1])
-    unit = COLUMN_BLOCK if transposed is None else TRANSPOSED_BLOCK
-    held = min(MOST_COLUMNS, ROW_BLOCK * unit // most_rows)
-    fair = rows.n_blocks * width // (PIECES * threads)
-    return max(1, min(held, fair) // unit) * unit
-
-
 @inline
-def _piece(rows, item, column_blocks, column_block):
-    """Expert, first row, end row and first column of a piece of work."""
-    block = item // column_blocks
-    expert, first, end = rows.blocks[block, 0], rows.blocks[block, 1], rows.blocks[block, 2]
-    return expert, first, end, item % column_blocks * column_block
+def _columns_per_piece(rows, width, threads, transposed):
+    """Columns of a piece of work over `width` columns, whose sums scratch holds."""
+    unit = COLUMN_BLOCK if transposed is None else TRANSPOSED_BLOCK
+    return columns_per_piece(rows, width, threads, ROW_BLOCK * unit // most_rows(rows), unit)
 
 
 @helper
@@ -184,8 +161,8 @@ def _up_projection(weights, form, transposed, rows, space, worker):
     while next_item < items:
         item = next_item
         next_item = take_next(pointer(space.counters, 0), 0)
-        expert, first, end, column = _piece(rows, item, column_blocks, column_block)
-        next_expert, _, _, next_column = _piece(rows, min(next_item, items - 1), column_blocks, column_block)
+        expert, first, end, _, column = piece(rows, item, column_blocks, column_block)
+        next_expert, _, _, _, next_column = piece(rows, min(next_item, items - 1), column_blocks, column_block)
         columns = min(column_block, hidden_dim - column)
         for p in range(projections // run):
             last = (p + 1) * run == projections
@@ -244,64 +221,98 @@ def _activate_row(sums, columns, column_block, weights, form, expert, column, hi
 
 
 @helper
-def _down_projection(weights, transposed, rows, space):
-    """output[r] = hidden[r] @ down.T + bias, until no piece of work is left."""
+def _down_projection(weights, transposed, rows, topk_weights, used, space, y, worker):
+    """y[t] = sum of topk_weights[slot] * (hidden[r] @ down.T + bias) over t's rows, until no columns are left."""
     hidden_dim, output_dim = _length_and_height(weights.down, transposed)
     hidden_stride = space.hidden.shape[1]
-    output_stride = space.output.shape[1]
-    biased = weights.down_bias.shape[0] > 0
-    column_block = _columns_per_piece(rows, output_dim, space.scratch.shape[0], transposed)
-    column_blocks = (output_dim + column_block - 1) // column_block
+    width = output_columns(space, used)
+    outputs = pointer(space.scratch, worker * space.scratch.shape[1])
+    sums = pointer(space.sums, worker * space.sums.shape[1])
 
-    items = rows.n_blocks * column_blocks
+    items = (output_dim + width - 1) // width
     next_item = take_next(pointer(space.counters, 1), 0)
     while next_item < items:
-        item = next_item
+        column = next_item * width
         next_item = take_next(pointer(space.counters, 1), 0)
-        expert, first, end, column = _piece(rows, item, column_blocks, column_block)
-        next_expert, _, _, next_column = _piece(rows, min(next_item, items - 1), column_blocks, column_block)
-        columns = min(column_block, output_dim - column)
-        _project(
-            pointer(space.hidden, first * hidden_stride),
-            hidden_stride,
-            pointer(CONSECUTIVE, 0),
-            end - first,
-            pointer(weights.down, 0),
-            transposed,
-            output_dim,
-            hidden_dim,
-            (expert, column),
-            columns,
-            (next_expert, next_column),
-            pointer(space.output, first * output_stride + column),
-            output_stride,
-        )
-        if biased:
-            bias = pointer(weights.down_bias, expert * output_dim + column)
-            for r in range(first, end):
-                output = pointer(space.output, r * output_stride + column)
-                for i in range(0, columns, LANES):
-                    n = min(LANES, columns - i)
-                    store(load(output, i, n) + load(bias, i, n), output, i, n)
+        columns = min(width, output_dim - column)
+        start_sums(topk_weights, used, sums, width)
+        for block in range(rows.n_blocks):
+            expert, first, end = rows.blocks[block, 0], rows.blocks[block, 1], rows.blocks[block, 2]
+            _project(
+                pointer(space.hidden, first * hidden_stride),
+                hidden_stride,
+                pointer(CONSECUTIVE, 0),
+                end - first,
+                pointer(weights.down, 0),
+                transposed,
+                output_dim,
+                hidden_dim,
+                (expert, column),
+                columns,
+                block_after(rows, block, column, min(next_item, items - 1) * width),
+                outputs,
+                width,
+            )
+            bias = bias_of(weights.down_bias, expert, column)
+            add_outputs(outputs, width, rows, first, end, columns, topk_weights, bias, sums)
+        write_sums(sums, width, columns, column, y)
+
+
+@inline
+def output_columns(space, used):
+    """Columns of a piece of work of the second projection."""
+    return space.sums.shape[1] // max(1, used.shape[0])
+
+
+@inline
+def block_after(rows, block, column, next_column):
+    """Expert and column of the weights that follow those of a block of rows: the last block's lie in `next_column`."""
+    if block + 1 < rows.n_blocks:
+        return rows.blocks[block + 1, 0], column
+    return rows.blocks[0, 0], next_column
+
+
+@inline
+def bias_of(bias, expert, column):
+    """Pointer to an expert's bias, and whether there is one."""
+    biased = bias.shape[0] > 0
+    return pointer(bias, expert * bias.shape[1] + column if biased else 0), biased
 
 
 @helper
-def _combine(first, end, rows, topk_weights, used, space, y):
-    """y[t] = sum of the outputs of t's rows by weight, in order of the slots."""
-    output_dim = y.shape[1]
-    output = pointer(space.output, 0)
-    stride = space.output.shape[1]
+def start_sums(topk_weights, used, sums, width):
+    """sums[t] = 0, or the first weight of a token without rows."""
+    for t in range(used.shape[0]):
+        start = splat(topk_weights[t, 0] if used[t] == 0 else np.float32(0.0))
+        for i in range(0, width, LANES):
+            store(start, sums, t * width + i, LANES)
+
+
+@helper
+def add_outputs(outputs, width, rows, first, end, columns, topk_weights, bias, sums):
+    """sums[token of r] += weight of r * (outputs[r - first] + bias) for rows first <= r < end.
+
+    A row of outputs and one of sums is `width` long. bias: as `bias_of` gives it.
+    """
     k = topk_weights.shape[1]
-    for t in range(first, end):
-        slots = pointer(rows.slot_row, t * k)
-        weight = pointer(topk_weights, t * k)
-        target = pointer(y, t * output_dim)
-        start = splat(element(weight, 0) if used[t] == 0 else np.float32(0.0))
-        for i in range(0, output_dim, LANES):
-            n = min(LANES, output_dim - i)
-            total = start
-            for j in range(used[t]):
-                row = element(slots, j)
-                if row >= 0:
-                    total = fma(splat(element(weight, j)), load(output, row * stride + i, n), total)
-            store(total, target, i, n)
+    at_bias, biased = bias
+    for r in range(first, end):
+        t = rows.row_token[r]
+        weight = splat(topk_weights[t, rows.row_slot[r] - t * k])
+        output, total = offset(outputs, (r - first) * width), offset(sums, t * width)
+        for i in range(0, columns, LANES):
+            n = min(LANES, columns - i)
+            value = load(output, i, n)
+            if biased:
+                value = value + load(at_bias, i, n)
+            store(fma(weight, value, load(total, i, n)), total, i, n)
+
+
+@helper
+def write_sums(sums, width, columns, column, y):
+    """y[t, column :][: columns] = sums[t]."""
+    for t in range(y.shape[0]):
+        target = pointer(y, t * y.shape[1] + column)
+        for i in range(0, columns, LANES):
+            n = min(LANES, columns - i)
+            store(load(sums, t * width + i, n), target, i, n)

@@ -69,12 +69,13 @@ def normalise(weights, t, n, eps):
 
 @helper
 def score(rules, logits, keys, t):
-    """Replace logits[t] by scores and write keys[t]. All NaN if a logit is NaN."""
+    """Replace logits[t] by scores and write keys[t]. All NaN if a logit is NaN or infinite."""
     experts = logits.shape[1]
     cap = np.float32(rules.softcap)
     nan = False
     for e in range(experts):
         x = logits[t, e]
+        nan = nan or not np.isfinite(x)  # a cap or a sigmoid would make a number of an infinity
         if rules.bias.shape[0] > 0:
             x += rules.bias[e]
         if cap > 0.0:

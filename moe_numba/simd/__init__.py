@@ -2,5 +2,6 @@
 
 `target` says how wide a register is and how many there are, `vector` is one register and
 its arithmetic, `tile` is a block of registers that accumulates dot products, `math` is
-exp and friends on vectors, `atomic` is the shared counter from which threads take work.
+exp and friends on vectors, `atomic` is the shared counter from which threads take work. `plain` does
+the same in NumPy, for when the JIT is off.
 """

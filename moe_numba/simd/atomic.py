@@ -2,7 +2,8 @@
 
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
+
+from .plain import intrinsic
 
 
 @intrinsic

@@ -6,8 +6,8 @@ the sum of one column in order of K, so nothing has to be added up across lanes.
 
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
 
+from .plain import intrinsic
 from .target import LANES
 from .tile import TILE_COLUMNS, Bfloat16Products
 from .vector import (

@@ -1,5 +1,7 @@
 """Which vector registers the processor that Numba compiles for has."""
 
+import ctypes
+import sys
 from functools import lru_cache
 
 import llvmlite.binding as llvm
@@ -57,5 +59,22 @@ def has_bf16_dot() -> bool:
     return "avx512bf16" in cpu_features() or (not cpu_features() and cpu_name() in _BF16_PROCESSORS)
 
 
+@lru_cache
+def has_amx() -> bool:
+    """True if there is a matrix unit for bfloat16 (AMX) that this process may use.
+
+    Linux saves the unit's registers, 8 KiB, only for processes that have asked for it; children inherit the
+    permission (Linux kernel documentation, x86/xstate). Not asked for before the first layer that wants it.
+    """
+    if config.DISABLE_JIT or "amx-bf16" not in cpu_features() or not sys.platform.startswith("linux"):
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+
+
 #: float32 values in one vector.
 LANES = register_bits() // 32
+
+#: Weight rows of every tile. 4 x 6 accumulators, 4 activation vectors and one weight vector
+#: fill 29 of 32 registers; 4 x 2 fill 13 of 16. At most LANES, for `tile.store_sums`.
+TILE_COLUMNS = min(6, LANES) if has_32_registers() else 2

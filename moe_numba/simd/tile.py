@@ -11,9 +11,9 @@ from functools import lru_cache
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.extending import intrinsic
 
-from .target import LANES, has_32_registers, has_bf16_dot
+from .plain import intrinsic
+from .target import LANES, TILE_COLUMNS, has_bf16_dot
 from .vector import (
     BYTE,
     INT32,
@@ -35,9 +35,6 @@ from .vector import (
 
 #: Activation rows of the largest tile.
 TILE_ROWS = 4
-#: Weight rows of every tile. 4 x 6 accumulators, 4 activation vectors and one weight vector
-#: fill 29 of 32 registers; 4 x 2 fill 13 of 16. At most LANES, for `store_sums`.
-TILE_COLUMNS = min(6, LANES) if has_32_registers() else 2
 
 
 @intrinsic

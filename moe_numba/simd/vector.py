@@ -14,8 +14,9 @@ import operator
 
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.extending import intrinsic, models, overload, register_model
+from numba.extending import models, overload, register_model
 
+from .plain import intrinsic
 from .target import LANES
 
 FLOAT = ir.FloatType()
@@ -237,7 +238,7 @@ def splat(typing, value):
 # ---- arithmetic, lane by lane ----
 
 
-def _lanewise(n_args, build, doc):
+def _lanewise(name, n_args, build, doc):
     """An intrinsic Vec(Vec, ...) whose IR is `build(builder, *args)`."""
 
     def generate(context, builder, signature, args):
@@ -260,6 +261,7 @@ def _lanewise(n_args, build, doc):
         def typed(typing, a, b, c, d):
             return Vec(Vec, Vec, Vec, Vec), generate
 
+    typed.__name__ = name
     typed.__doc__ = doc
     return intrinsic(typed)
 
@@ -276,19 +278,21 @@ def _power_of_two(builder, n):
     return builder.bitcast(builder.shl(biased, ir.Constant(INT_VECTOR, [23] * LANES)), VECTOR)
 
 
-_add = _lanewise(2, lambda builder, a, b: builder.fadd(a, b), "a + b")
-_sub = _lanewise(2, lambda builder, a, b: builder.fsub(a, b), "a - b")
-_mul = _lanewise(2, lambda builder, a, b: builder.fmul(a, b), "a * b")
-_div = _lanewise(2, lambda builder, a, b: builder.fdiv(a, b), "a / b")
-fma = _lanewise(3, fma_ir, "a * b + c, rounded once")
-round_even = _lanewise(1, _round, "nearest integer, ties to even")
-power_of_two = _lanewise(1, _power_of_two, "2**n for lanes that hold integers from -126 to 127")
+_add = _lanewise("_add", 2, lambda builder, a, b: builder.fadd(a, b), "a + b")
+_sub = _lanewise("_sub", 2, lambda builder, a, b: builder.fsub(a, b), "a - b")
+_mul = _lanewise("_mul", 2, lambda builder, a, b: builder.fmul(a, b), "a * b")
+_div = _lanewise("_div", 2, lambda builder, a, b: builder.fdiv(a, b), "a / b")
+fma = _lanewise("fma", 3, fma_ir, "a * b + c, rounded once")
+round_even = _lanewise("round_even", 1, _round, "nearest integer, ties to even")
+power_of_two = _lanewise("power_of_two", 1, _power_of_two, "2**n for lanes that hold integers from -126 to 127")
 where_less = _lanewise(
+    "where_less",
     4,
     lambda builder, a, b, yes, no: builder.select(builder.fcmp_ordered("<", a, b), yes, no),
     "yes where a < b, else no (also where a or b is NaN)",
 )
 nan_or = _lanewise(
+    "nan_or",
     2,
     lambda builder, a, b: builder.select(builder.fcmp_unordered("uno", a, a), a, b),
     "a where a is NaN, else b",
@@ -301,8 +305,8 @@ def _every_second(start):
     return lambda builder, a, b: builder.shuffle_vector(a, b, order)
 
 
-even_lanes = _lanewise(2, _every_second(0), "lanes 0, 2, 4, ... of a, then of b")
-odd_lanes = _lanewise(2, _every_second(1), "lanes 1, 3, 5, ... of a, then of b")
+even_lanes = _lanewise("even_lanes", 2, _every_second(0), "lanes 0, 2, 4, ... of a, then of b")
+odd_lanes = _lanewise("odd_lanes", 2, _every_second(1), "lanes 1, 3, 5, ... of a, then of b")
 
 
 def _operator(symbol, function):

@@ -1,0 +1,101 @@
+"""Engines: the kernels that compute experts, how each wants rows cut, and which memory it needs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from ._aligned import CACHE_LINE
+from ._jit import Kernel
+from .kernels import amx, experts, projection
+from .kernels.plan import PIECES
+from .simd.amx import DEPTH, PACKED_TILE, TILE
+from .simd.target import has_amx
+from .simd.tile import operand_dtype
+
+
+class Sizes(NamedTuple):
+    """Of a call."""
+
+    tokens: int
+    rows: int
+    num_experts: int
+    input_dim: int
+    hidden_dim: int
+    threads: int
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """A kernel that computes experts."""
+
+    name: str
+    kernel: Kernel  #: called with x, Weights, Form, Rows, topk_weights, used, workspace, y
+    workspace: type  #: the NamedTuple that it takes its memory in; the last field is counters
+    shapes: Callable  #: Sizes -> (rows, length, dtype) of every field but counters
+    row_block: int  #: rows of a block at most
+    unit: int  #: rows of a group
+
+
+def _odd_lines(width, dtype):
+    """`width`, rounded up to an odd number of cache lines.
+
+    Rows at a distance of a power of two would compete for the same few sets of the first-level
+    cache; padding made blocks of 64 rows up to 15 % faster.
+    """
+    items = CACHE_LINE // np.dtype(dtype).itemsize
+    return items * (-(-width // items) | 1)
+
+
+def _output_columns(s, unit):
+    """Columns of a piece of work of the second projection: a multiple of `unit`, and several pieces for each thread."""
+    fair = s.input_dim // (PIECES * s.threads) if s.threads > 1 else s.input_dim
+    return min(experts.OUTPUT_COLUMNS, max(1, -(-fair // unit)) * unit)
+
+
+def _vector_shapes(operand):
+    def shapes(s):
+        columns = _output_columns(s, experts.TRANSPOSED_BLOCK)
+        return [
+            (s.tokens, _odd_lines(s.input_dim, operand), operand),
+            (s.rows, _odd_lines(s.hidden_dim, operand), operand),
+            (s.threads, max(1, s.tokens) * columns, np.float32),
+            (s.threads, experts.SCRATCH_SIZE, np.float32),
+        ]
+
+    return shapes
+
+
+def _amx_shapes(s):
+    groups = min(s.rows, s.num_experts) + s.rows // TILE  # every expert's last group may hold one row
+    columns = _output_columns(s, amx.COLUMN_BLOCK)
+    packed = (PACKED_TILE * -(-width // DEPTH) for width in (s.input_dim, s.hidden_dim))
+    return [
+        *((groups, length, np.uint16) for length in packed),
+        (s.threads, max(1, s.tokens) * columns, np.float32),
+        (s.threads, amx.SCRATCH_SIZE, np.float32),
+        (s.threads, TILE * columns, np.float32),
+        (s.threads, 2 * TILE * DEPTH, np.uint16),
+    ]
+
+
+def _vectors(name, operand):
+    kernel, row_block, unit = experts.experts_forward, projection.ROW_BLOCK, projection.TILE_ROWS
+    return Engine(name, kernel, experts.Workspace, _vector_shapes(operand), row_block, unit)
+
+
+#: Vector registers, with float32 activations, and with bfloat16 ones.
+VECTORS = _vectors("vectors", np.float32)
+VECTORS_BFLOAT16 = _vectors("vectors, bfloat16", np.uint16)
+#: The matrix unit.
+AMX = Engine("AMX", amx.experts_forward_amx, amx.AmxWorkspace, _amx_shapes, amx.ROW_BLOCK, TILE)
+
+
+@lru_cache
+def engine_for(storage, transposed) -> Engine:
+    """The quickest engine on this processor for weights of a storage dtype."""
+    if storage == np.uint16 and not transposed and has_amx():
+        return AMX
+    return VECTORS_BFLOAT16 if operand_dtype(storage) == np.uint16 else VECTORS

@@ -1,0 +1,237 @@
+"""Every operation on vectors and tiles in plain NumPy: what runs with NUMBA_DISABLE_JIT=1.
+
+Kernels are then plain Python: a debugger steps through them, coverage counts their lines, and a pointer
+knows its array, so that reading or writing outside of it is an IndexError. A function here and the
+intrinsic of the same name do the same, float32 to the last bit; the intrinsic's docstring says what.
+A vector is an array of LANES values, a tile an array (rows, columns) of vectors.
+"""
+
+import ml_dtypes
+import numpy as np
+from numba import config, extending
+
+from .target import LANES, TILE_COLUMNS
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def intrinsic(define):
+    """`numba.extending.intrinsic`; without the JIT the function of the same name in this file.
+
+    One that has none here raises NotImplementedError when it is called.
+    """
+    twin = globals().get(define.__name__) if config.DISABLE_JIT else None
+    return twin or extending.intrinsic(define)
+
+
+# ---- memory ----
+
+
+class Memory:
+    """A pointer: place `start` of the flat array `values`."""
+
+    __slots__ = ("start", "values")
+
+    def __init__(self, values, start):
+        self.values = values
+        self.start = start
+
+    def _span(self, at, n):
+        first = self.start + at
+        if n <= 0:
+            return slice(0, 0)
+        if not 0 <= first <= first + n <= self.values.size:
+            raise IndexError(f"elements {first} to {first + n} of an array of {self.values.size}")
+        return slice(first, first + n)
+
+    def read(self, at, n):
+        """A copy of n values from `at` on."""
+        return self.values[self._span(at, n)].copy()
+
+    def floats(self, at, n, width):
+        """float32 of n values, at most `width`, and zeros up to `width`."""
+        vector = np.zeros(width, np.float32)
+        n = max(0, min(n, width))
+        values = self.read(at, n)
+        vector[:n] = values.view(_BFLOAT16) if self.values.dtype == np.uint16 else values
+        return vector
+
+    def write(self, at, values):
+        self.values[self._span(at, len(values))] = values
+
+
+def pointer(array, start):
+    if not array.flags.c_contiguous:
+        raise TypeError("the array must be C-contiguous")
+    return Memory(array.reshape(-1), start)
+
+
+def offset(memory, at):
+    return Memory(memory.values, memory.start + at)
+
+
+def element(memory, at):
+    return memory.read(at, 1)[0]
+
+
+def load(memory, at, n):
+    return memory.floats(at, n, LANES)
+
+
+def load_or(memory, at, n, other):
+    return np.append(load(memory, at, n)[: max(n, 0)], other[max(n, 0) :])
+
+
+def store(value, memory, at, n):
+    memory.write(at, value[: max(n, 0)])
+
+
+def store_operand(value, memory, at, n, w):
+    if w.values.dtype == np.uint16:
+        value = value.astype(_BFLOAT16)
+        value = value.view(np.uint16) if memory.values.dtype == np.uint16 else value.astype(np.float32)
+    store(value, memory, at, n)
+
+
+def prefetch(memory, at):
+    """Nothing: an address outside of the array is allowed here, and only here."""
+
+
+def take_next(counters, i):
+    value = element(counters, i)
+    counters.write(i, [value + 1])
+    return value
+
+
+# ---- arithmetic, lane by lane ----
+
+
+def splat(value):
+    return np.full(LANES, value, np.float32)
+
+
+def fma(a, b, c):
+    # The product is exact in float64. Their sum is rounded to odd there, after which rounding to
+    # float32 gives what rounding once would (Boldo and Melquiond 2008, "Emulation of FMA").
+    product = a.astype(np.float64) * b
+    total = product + c
+    rest = total - product
+    error = (product - (total - rest)) + (c - rest)
+    bits = total.view(np.int64)
+    even = ((error < 0) | (error > 0)) & (bits & 1 == 0)
+    bits += np.where(even, np.where((error > 0) == (total > 0), 1, -1), 0)
+    return total.astype(np.float32)
+
+
+def round_even(a):
+    return np.rint(a)
+
+
+def power_of_two(n):
+    return ((n.astype(np.int32) + 127) << 23).view(np.float32)
+
+
+def where_less(a, b, yes, no):
+    return np.where(a < b, yes, no)
+
+
+def nan_or(a, b):
+    return np.where(np.isnan(a), a, b)
+
+
+def even_lanes(a, b):
+    return np.append(a, b)[::2]
+
+
+def odd_lanes(a, b):
+    return np.append(a, b)[1::2]
+
+
+# ---- across the lanes ----
+
+
+def _fold(values, combine):
+    """Reduce the last axis: the first half with the second, until one value is left."""
+    while (half := values.shape[-1] // 2) > 0:
+        values = combine(values[..., :half], values[..., half:])
+    return values[..., 0]
+
+
+def sum_lanes(a):
+    return _fold(a, np.add)
+
+
+def max_lanes(a):
+    return _fold(a, lambda x, y: np.where(x < y, y, x))
+
+
+# ---- tiles of dot products ----
+
+
+def zero_tile(rows_at, columns_at):
+    return np.zeros((len(rows_at), len(columns_at), LANES), np.float32)
+
+
+def clamped_offsets(stride, last):
+    return tuple(min(j, last) * stride for j in range(TILE_COLUMNS))
+
+
+def step_size(a, w):
+    return 2 * LANES if w.values.dtype == np.uint16 else LANES
+
+
+def line_size(memory):
+    return 64 // memory.values.itemsize
+
+
+def dot_step(tile, a, rows_at, w, columns_at, k):
+    return dot_step_partial(tile, a, rows_at, w, columns_at, k, step_size(a, w))
+
+
+def dot_step_partial(tile, a, rows_at, w, columns_at, k, n):
+    # Of bfloat16 weights, two neighbouring products meet in a lane.
+    step = step_size(a, w)
+    per_lane = step // LANES
+    rows = np.stack([a.floats(at + k, n, step) for at in rows_at])[:, None]
+    columns = np.stack([w.floats(at + k, n, step) for at in columns_at])
+    for i in range(per_lane):
+        tile = fma(rows[..., i::per_lane], columns[..., i::per_lane], tile)
+    return tile
+
+
+def store_sums(tile, columns_at, first, out, out_at, n):
+    rows, columns, _ = tile.shape
+    sums = _fold(_fold(tile.reshape(rows, columns, LANES // 4, 4), np.add), np.add)[:, :n]
+    # All are read before any is written: a row that is computed twice is added once.
+    before = [out.read(at, n) for at in out_at]
+    for at, old, new in zip(out_at, before, sums, strict=True):
+        out.write(at, (np.zeros_like(old) if first else old) + new)
+
+
+# ---- tiles of outer products ----
+
+
+def outer_step_size(a, w):
+    return 2 if a.values.dtype == np.uint16 else 1
+
+
+def outer_step(tile, a, rows_at, w, stride, k):
+    return outer_step_partial(tile, a, rows_at, w, stride, k, tile.shape[1], outer_step_size(a, w))
+
+
+def outer_step_partial(tile, a, rows_at, w, stride, k, n, length):
+    step = outer_step_size(a, w)
+    rows = np.stack([a.floats(at + k, step, step) for at in rows_at])
+    for m in range(min(step, length)):
+        columns = w.floats((k + m) * stride, n, tile.shape[1])
+        tile = fma(rows[:, m, None], columns[None], tile)
+    return tile
+
+
+def load_outer(first, out, out_at, n):
+    return np.stack([out.floats(at, 0 if first else n, TILE_COLUMNS * LANES) for at in out_at])
+
+
+def store_outer(tile, out, out_at, n):
+    for at, row in zip(out_at, tile, strict=True):
+        out.write(at, row[:n])

@@ -1,0 +1,103 @@
+"""Which engine computes which weights, and that each computes what the specification says."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers import assert_close, assert_same_bits, experts_reference, guarded_copy, random_array
+
+from moe_numba import _engines, experts, get_num_threads, set_num_threads
+from moe_numba._engines import AMX, VECTORS, VECTORS_BFLOAT16, engine_for
+from moe_numba.experts import Experts
+from moe_numba.simd.target import has_amx, has_bf16_dot
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+needs_amx = pytest.mark.skipif(not has_amx(), reason="this processor has no matrix unit (AMX)")
+
+
+def test_choice():
+    assert engine_for(np.dtype(np.float32), False) is VECTORS
+    vectors = VECTORS_BFLOAT16 if has_bf16_dot() else VECTORS
+    assert engine_for(np.dtype(np.uint16), True) is vectors
+    assert engine_for(np.dtype(np.uint16), False) is (AMX if has_amx() else vectors)
+
+
+def test_choice_without_a_matrix_unit(monkeypatch):
+    monkeypatch.setattr(_engines, "has_amx", lambda: False)
+    assert engine_for.__wrapped__(np.dtype(np.uint16), False) is (VECTORS_BFLOAT16 if has_bf16_dot() else VECTORS)
+
+
+def _experts(rng, activation, input_dim, hidden_dim, num_experts=5, bias=False, interleaved=False):
+    """bfloat16 experts at the end of readable memory."""
+    rows = hidden_dim * (2 if activation == "swiglu" else 1)
+    weights = ((num_experts, rows, input_dim), (num_experts, input_dim, hidden_dim))
+    arrays = [guarded_copy((random_array(rng, *s) / np.sqrt(s[-1])).astype(BFLOAT16).view(np.uint16)) for s in weights]
+    if bias:
+        arrays += [guarded_copy(random_array(rng, num_experts, n)) for n in (rows, input_dim)]
+    return Experts(activation, *arrays, dtype="bfloat16", interleaved=interleaved)
+
+
+def _routed(rng, experts, tokens, top_k=2):
+    x = random_array(rng, tokens, experts.input_dim)
+    indices = np.ascontiguousarray(rng.random((tokens, len(experts))).argsort(axis=1)[:, :top_k])
+    return x, indices, random_array(rng, tokens, top_k), np.full(tokens, top_k)
+
+
+FORMS = {
+    "swiglu": {"activation": "swiglu"},
+    "swiglu, bias": {"activation": "swiglu", "bias": True},
+    "swiglu, interleaved": {"activation": "swiglu", "bias": True, "interleaved": True},
+    "relu": {"activation": "relu"},
+    "gelu, bias": {"activation": "gelu", "bias": True},
+}
+
+
+@needs_amx
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(64, 32), (1, 1), (21, 11), (33, 50), (47, 16), (801, 90), (1100, 65)], ids=str)
+def test_amx_computes_what_the_specification_says(rng, shape, form):
+    """Few and many rows per expert, edges on every side of a tile, in a block of K and across blocks."""
+    experts = _experts(rng, input_dim=shape[0], hidden_dim=shape[1], **FORMS[form])
+    assert experts.engine is AMX
+    for tokens in (1, 6, 37, 90, 200):
+        x, *routing = _routed(rng, experts, tokens)
+        y = experts.forward(x, *routing)
+        assert_close(y, experts_reference(experts, x.astype(BFLOAT16).astype(np.float64), *routing), 2**-8)
+        for t in rng.choice(tokens, min(tokens, 5), replace=False):
+            one = [np.ascontiguousarray(array[t : t + 1]) for array in (x, *routing)]
+            assert_same_bits(experts.forward(*one)[0], y[t])
+
+
+@needs_amx
+def test_amx_rounds_as_the_vectors_do(rng, monkeypatch):
+    """Sums apart, both engines compute the same: operands are rounded alike, denormals and NaN included."""
+    experts = _experts(rng, "relu", 40, 40)
+    x, *routing = _routed(rng, experts, 50)
+    x[7] = np.nan
+    x[8, 3] = np.inf
+    y = experts.forward(x, *routing)
+    assert np.isnan(y[7]).all()
+    assert not np.isfinite(y[8]).all()
+    monkeypatch.setattr(experts, "engine", VECTORS_BFLOAT16)
+    finite = np.delete(np.arange(50), [7, 8])
+    assert_close(y[finite], experts.forward(x, *routing)[finite], 2**-14)
+
+
+@needs_amx
+@pytest.mark.parametrize("tokens", [1, 40, 700])
+def test_amx_does_not_depend_on_the_threads(rng, always_parallel, tokens):
+    experts = _experts(rng, "swiglu", 100, 520, num_experts=3)
+    x, *routing = _routed(rng, experts, tokens)
+    y = experts.forward(x, *routing)
+    for threads in range(1, get_num_threads() + 1):
+        set_num_threads(threads)
+        assert_same_bits(experts.forward(x, *routing), y)
+
+
+@needs_amx
+def test_amx_blocks_of_one_expert(rng, monkeypatch):
+    """More rows than a block holds, all of one expert."""
+    monkeypatch.setattr(experts, "chunk_tokens", lambda *_: 10**6)
+    one = _experts(rng, "swiglu", 70, 40, num_experts=1)
+    x, *routing = _routed(rng, one, 2 * AMX.row_block + 3, top_k=1)
+    y = one.forward(x, *routing)
+    assert_close(y, experts_reference(one, x.astype(BFLOAT16).astype(np.float64), *routing), 2**-8)
