@@ -32,12 +32,16 @@ DATA = Path(__file__).parent / "data"
 BAR_WIDTH = 40
 #: Signals that end a run.
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+#: The one that came.
+_came = None
 
 
 def main(arguments=None) -> int:
     """Run a command; 0 when it succeeded, 2 for bad input, with one line on stderr."""
+    global _came
     if threading.current_thread() is not threading.main_thread():  # where signals do not arrive
         return _main(arguments)
+    _came = None
     before = {number: signal.signal(number, _end) for number in ENDING}
     try:
         return _main(arguments)
@@ -70,8 +74,13 @@ def _main(arguments):
 
 
 def _end(number, frame):
-    for again in ENDING:  # a second one must not stop us from cleaning up
-        signal.signal(again, signal.SIG_IGN)
+    global _came
+    if _came is None:  # a second one must not stop us from cleaning up
+        _came = number
+        _raise(number)
+
+
+def _raise(number):
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     sys.exit(128 + number)
@@ -169,6 +178,8 @@ def _run(options):
 
 
 def _advance(bar, done, total):
+    if _came is not None:  # what the handler raised was lost, in a destructor or a callback from C
+        _raise(_came)
     bar.total = total
     bar.update(done - bar.n)
 

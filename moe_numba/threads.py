@@ -11,11 +11,13 @@ Three things end a process that runs Numba's parallel kernels, and a caller need
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
 import numba
 from numba.core.compiler_lock import global_compiler_lock
+from numba.np.ufunc import parallel
 
 from . import _check
 
@@ -38,25 +40,38 @@ _refuse_free_threading()
 # ---- forks ----
 
 
-def _began_as_fork() -> bool:
-    """Whether this process was forked and has not executed a program since, so that it has its parent's memory."""
+def _lost_threads() -> bool:
+    """Whether this process was forked from one whose threads, of Numba or OpenMP (torch), it may believe to have.
+
+    It has its parent's memory as long as it has not executed a program. Forkservers are such parents too, but
+    most load no OpenMP.
+    """
     try:
         stat = Path("/proc/self/stat").read_text()
-    except OSError:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:  # not Linux, and hence not GNU OpenMP
         return False
     flags = int(stat.rpartition(")")[2].split()[6])
-    return bool(flags & 0x40)  # PF_FORKNOEXEC in Linux's sched.h
+    forked = bool(flags & 0x40)  # PF_FORKNOEXEC in Linux's sched.h
+    return forked and (getattr(parallel, "_is_initialized", True) or bool(re.search(r"lib[gi]?omp", maps)))
 
 
-#: The process that may start threads: the one that imported this module, unless another had used OpenMP
-#: (Numba, torch) before it forked this one. A pid, since not every fork tells Python.
-_owner = None if _began_as_fork() else os.getpid()
+#: The process that may start threads: the one that imported this module. Compared with the pid in every call, since
+#: not every fork tells Python.
+_owner = None if _lost_threads() else os.getpid()
+
+
+def _in_child():
+    global _owner
+    _owner = None  # in a new namespace of pids the child can have its parent's
+    global_compiler_lock.release()
+
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=global_compiler_lock.acquire,
         after_in_parent=global_compiler_lock.release,
-        after_in_child=global_compiler_lock.release,
+        after_in_child=_in_child,
     )
 
 # ---- counts ----
