@@ -1,12 +1,13 @@
 """How many threads a kernel runs on, and when it must not start any.
 
-Three things end a process that runs Numba's parallel kernels, and a caller need not know them:
+Four things end, or stop, a process that runs Numba's parallel kernels, and a caller need not know them:
 
 - a fork. The child has none of the threads of its parent, but GNU OpenMP believes that it has: it waits for them
   forever, or Numba sees it coming and ends the child with SIGTERM. So a forked process computes serially.
 - a second launch under Numba's workqueue layer while one is running, by another Python thread or from within a
   parallel kernel of another package: SIGABRT. So under workqueue kernels run in parallel only in a process that
   has no other Python thread.
+- a KeyboardInterrupt in a lock of Numba's (see `_count`): others wait forever.
 - a fork while another thread compiles: the child waits forever for the compiler's lock. So forks wait for it.
 """
 
@@ -53,7 +54,7 @@ def _lost_threads() -> bool:
         return False
     flags = int(stat.rpartition(")")[2].split()[6])
     forked = bool(flags & 0x40)  # PF_FORKNOEXEC in Linux's sched.h
-    return forked and (getattr(parallel, "_is_initialized", True) or bool(re.search(r"lib[gi]?omp", maps)))
+    return forked and (parallel._is_initialized or bool(re.search(r"lib[gi]?omp", maps)))
 
 
 #: The process that may start threads: the one that imported this module. Compared with the pid in every call, since
@@ -88,19 +89,29 @@ def set_num_threads(n: int) -> None:
     if n > limit:
         _check.fail("n", n, f"at most {limit}, the threads that Numba started with (NUMBA_NUM_THREADS)")
     if _may_start_threads():
-        numba.set_num_threads(n)
+        _count()
+        parallel._set_num_threads(n)
 
 
 def get_num_threads() -> int:
     """Threads that calls from the current Python thread use. 1 in a forked process."""
-    return numba.get_num_threads() if _may_start_threads() else 1
+    return _count() if _may_start_threads() else 1
+
+
+def _count():
+    """Numba's count, for the current Python thread.
+
+    Once its threads are there, not from numba.get_num_threads: that takes a lock in every call, which a
+    KeyboardInterrupt leaves taken, so that other threads wait for it forever.
+    """
+    return parallel._get_num_threads() if parallel._is_initialized else numba.get_num_threads()
 
 
 def threading_layer() -> str:
     """Numba's layer, "none" in a forked process."""
     if not _may_start_threads():
         return "none"
-    numba.get_num_threads()  # chooses it, the first time
+    _count()  # chooses it, the first time
     return numba.threading_layer()
 
 
@@ -115,7 +126,7 @@ def threads_for(multiply_adds) -> int:
     # Frames rather than threading.enumerate(): threads made in C, as Numba's are, have one while they run Python.
     if threading_layer() == "workqueue" and len(sys._current_frames()) > 1:
         return 1
-    return numba.get_num_threads()
+    return _count()
 
 
 def twin(kernel, threads):
