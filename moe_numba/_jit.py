@@ -1,4 +1,4 @@
-"""The only file that says njit: options, the cache, the serial and parallel twins.
+"""The only file that says njit: options, the serial and parallel twins.
 
 Decorators for the functions in kernels/ and simd/:
 
@@ -8,17 +8,14 @@ Decorators for the functions in kernels/ and simd/:
   `.parallel`, where `prange` runs on all threads, and `.serial`, where it is a plain loop.
 """
 
-import hashlib
 import sys
-import warnings
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from numba import config, njit
 from numba.core import event
-from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.cpu_options import ParallelOptions
+
+from ._cache import KernelCache, warn_uncached
 
 #: Set on every function, because Numba lets a helper inherit what is left unset from whichever
 #: caller compiles it first.
@@ -59,9 +56,9 @@ class Kernel:
             return np.errstate(all="ignore")(function)
         dispatcher = njit(parallel=_PARALLEL if parallel else False, **_OPTIONS)(function)
         try:
-            dispatcher._cache = _PackageCache(function, "parallel" if parallel else "serial")
+            dispatcher._cache = KernelCache(function, "parallel" if parallel else "serial")
         except (RuntimeError, OSError) as error:
-            _warn_uncached(error)
+            warn_uncached(error)
         return dispatcher
 
 
@@ -75,53 +72,6 @@ def kernel(function):
     if not config.DISABLE_JIT:
         KERNELS.append(entry)
     return entry
-
-
-# ---- the cache ----
-
-
-@lru_cache
-def package_stamp() -> str:
-    """Hash of every source file of the package, and of the options that change machine code.
-
-    Numba stamps a cached kernel with the date of the one file it stands in, but the machine
-    code contains the helpers it calls from other files.
-    """
-    root = Path(__file__).parent
-    digest = hashlib.blake2b(f"{config.OPT} {config.BOUNDSCHECK}".encode(), digest_size=16)
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-class _PackageCache(FunctionCache):
-    """Numba's on-disk cache, stamped with the whole package and kept apart per twin."""
-
-    def __init__(self, function, twin):
-        super().__init__(function)
-        self._cache_file = IndexDataCacheFile(
-            cache_path=self._cache_path,
-            filename_base=f"{self._impl.filename_base}-{twin}",
-            source_stamp=package_stamp(),
-        )
-
-
-_warned = False
-
-
-def _warn_uncached(reason):
-    """Say so once, whichever kernels it concerns."""
-    global _warned
-    if _warned:
-        return
-    _warned = True
-    warnings.warn(
-        f"moe_numba: compiled kernels cannot be cached, every process will compile them again ({reason}); "
-        "set NUMBA_CACHE_DIR to a directory that can be written",
-        RuntimeWarning,
-        stacklevel=2,
-    )
 
 
 # ---- telling the user why the first call takes long ----

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from . import _check
+from ._cache import package_stamp
 from ._files import replacing
-from ._jit import package_stamp
 from ._partial import Partial
 from ._tokens import open_tokens
 from ._version import __version__

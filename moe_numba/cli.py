@@ -26,18 +26,22 @@ from .layer import MoeLayer
 from .pretrained import list_moe_layers
 from .simd import target
 from .simd.tile import TILE_COLUMNS, TILE_ROWS
-from .threads import get_num_threads, set_num_threads
+from .threads import get_num_threads, set_num_threads, threading_layer
 
 DATA = Path(__file__).parent / "data"
 BAR_WIDTH = 40
 #: Signals that end a run.
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+#: The one that came.
+_came = None
 
 
 def main(arguments=None) -> int:
     """Run a command; 0 when it succeeded, 2 for bad input, with one line on stderr."""
+    global _came
     if threading.current_thread() is not threading.main_thread():  # where signals do not arrive
         return _main(arguments)
+    _came = None
     before = {number: signal.signal(number, _end) for number in ENDING}
     try:
         return _main(arguments)
@@ -70,8 +74,13 @@ def _main(arguments):
 
 
 def _end(number, frame):
-    for again in ENDING:  # a second one must not stop us from cleaning up
-        signal.signal(again, signal.SIG_IGN)
+    global _came
+    if _came is None:  # a second one must not stop us from cleaning up
+        _came = number
+        _raise(number)
+
+
+def _raise(number):
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     sys.exit(128 + number)
@@ -169,6 +178,8 @@ def _run(options):
 
 
 def _advance(bar, done, total):
+    if _came is not None:  # what the handler raised was lost, in a destructor or a callback from C
+        _raise(_came)
     bar.total = total
     bar.update(done - bar.n)
 
@@ -193,6 +204,7 @@ def _load_layer(options):
 def _progress_bar():
     from tqdm import tqdm
 
+    tqdm.monitor_interval = 0  # no thread that watches the bar: beside another thread workqueue computes serially
     # disable=None: only on a terminal. delay: only if the run takes longer than that, in seconds.
     return tqdm(unit=" tokens", unit_scale=True, delay=1.0, disable=None, leave=False)
 
@@ -248,7 +260,6 @@ def _info(options):
 
 
 def _facts():
-    threads = get_num_threads()  # starts Numba's threads, after which the layer is known
     features = target.cpu_features()
     used = [name for name in ("avx512f", "avx2", "fma", "neon") if name in features]
     lanes = target.LANES
@@ -260,8 +271,8 @@ def _facts():
         "vector": f"{target.register_bits()} bits, {lanes} float32",
         "tile": f"{TILE_ROWS} rows x {TILE_COLUMNS} columns",
         "matrix_unit": "AMX, for bfloat16 weights" if target.has_amx() else "none",
-        "threads": f"{threads} of {os.cpu_count()} processors",
-        "threading_layer": numba.threading_layer(),
+        "threads": f"{get_num_threads()} of {os.cpu_count()} processors",
+        "threading_layer": threading_layer(),
         "cache": sorted(str(path) for path in cache) or "none can be written: kernels are compiled in every process",
         "moe_numba": __version__,
         "python": platform.python_version(),

@@ -192,11 +192,11 @@ LAYOUTS = {
 }
 
 
-def run_python(code, package_root=PACKAGE.parent, **environment):
+def run_python(code, package_root=PACKAGE.parent, timeout=300, **environment):
     """Run `code` in a fresh process, with failures shown; return what it printed, and its stderr."""
     env = os.environ | {"PYTHONPATH": str(package_root)} | environment
     done = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=package_root, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code], env=env, cwd=package_root, capture_output=True, text=True, timeout=timeout
     )
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr}"
     return done.stdout, done.stderr

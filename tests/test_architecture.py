@@ -32,7 +32,7 @@ FLOORS = [
     ["kernels"],
     ["simd"],
     ["formats", "_jit", "threads"],
-    ["reference"],
+    ["reference", "_cache"],
     ["config"],
     ["_check"],
     ["_aligned", "errors", "_version"],

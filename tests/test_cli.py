@@ -89,6 +89,39 @@ def test_ended_run_leaves_the_old_output_whole(tmp_path, number):
     assert {p.name for p in tmp_path.iterdir()} == {"x.npy", "y.npy"}
 
 
+class _Lost:
+    """What is raised in a destructor gets no further."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __del__(self):
+        signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_whose_exception_is_lost_ends_the_run_at_the_next_batch(tmp_path, monkeypatch, number):
+    forward = MoeLayer.forward
+    calls, lost = [], []
+
+    def interrupted(self, x):
+        calls.append(x)
+        if len(calls) == 5:
+            _Lost(number)
+        return forward(self, x)
+
+    monkeypatch.setattr(MoeLayer, "forward", interrupted)
+    monkeypatch.setattr(sys, "unraisablehook", lost.append)
+    arguments = ["run", "--batch-size", "50", "--output", str(tmp_path / "y.npy")]
+    if number == signal.SIGINT:
+        assert cli.main(arguments) == 130
+    else:
+        with pytest.raises(SystemExit, match=str(128 + number)):
+            cli.main(arguments)
+    assert (len(calls), len(lost)) == (5, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_full_standard_output_is_one_line():
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "moe_numba", "run"]

@@ -1,9 +1,7 @@
-"""Compilation: when, how often, and what the cache does."""
-
-import shutil
+"""Compilation: when and how often."""
 
 import pytest
-from helpers import PACKAGE, run_python
+from helpers import run_python
 
 from moe_numba import _jit
 
@@ -16,13 +14,6 @@ class Count(event.Listener):
     def on_start(self, event_): Count.compiled += 1
     def on_end(self, event_): pass
 event.register("numba:compile", Count())
-"""
-
-SMALL_FORWARD = """
-import numpy as np
-from moe_numba import MoeConfig, MoeLayer
-y, _ = MoeLayer(MoeConfig(3, 1, None, input_dim=4, hidden_dim=5))(np.ones((2, 4)))
-assert y.shape == (2, 4)
 """
 
 
@@ -103,97 +94,6 @@ def test_every_kernel_is_compiled_once_whatever_the_input(extra):
         "route": (1, 1),
         "softmax_rows": (1, 1),
     }
-
-
-# ---- the stamp ----
-
-
-@pytest.fixture
-def package_copy(tmp_path):
-    """The package's sources alone, elsewhere."""
-    root = tmp_path / "moe_numba"
-    shutil.copytree(PACKAGE, root, ignore=shutil.ignore_patterns("__pycache__"))
-    return root
-
-
-def test_stamp_covers_every_source_file(package_copy, monkeypatch):
-    def stamp():
-        return _jit.package_stamp.__wrapped__()
-
-    original = stamp()
-    monkeypatch.setattr(_jit, "__file__", str(package_copy / "_jit.py"))
-    assert stamp() == original  # of the contents, not of the place
-    sources = sorted(package_copy.rglob("*.py"))
-    assert len(sources) > 20
-    for path in sources:
-        text = path.read_bytes()
-        path.write_bytes(text + b"\n# changed\n")
-        assert stamp() != original, path
-        path.write_bytes(text)
-    (package_copy / "added.py").touch()
-    assert stamp() != original
-    (package_copy / "added.py").unlink()
-    sources[0].rename(sources[0].with_name("renamed.py"))
-    assert stamp() != original
-
-
-@pytest.mark.parametrize("option", ["OPT", "BOUNDSCHECK"])
-def test_stamp_covers_options_that_change_the_code(monkeypatch, option):
-    original = _jit.package_stamp.__wrapped__()
-    monkeypatch.setattr(_jit.config, option, 7)
-    assert _jit.package_stamp.__wrapped__() != original
-
-
-# ---- the cache ----
-
-COUNT_CACHED = """
-from moe_numba import _jit
-hits = misses = 0
-for kernel in _jit.KERNELS:
-    for twin in (kernel.serial, kernel.parallel):
-        hits += sum(twin.stats.cache_hits.values())
-        misses += sum(twin.stats.cache_misses.values())
-print(hits, misses)
-"""
-
-
-def _forward(package, **environment):
-    printed, stderr = run_python(SMALL_FORWARD + COUNT_CACHED, package.parent, **environment)
-    hits, misses = map(int, printed.split())
-    return hits, misses, stderr
-
-
-def test_second_process_compiles_nothing_until_a_source_changes(package_copy, tmp_path):
-    cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-    hits, misses, _ = _forward(package_copy, **cache)
-    assert hits == 0
-    assert misses == 3  # route, plan_rows, experts_forward
-    assert _forward(package_copy, **cache)[:2] == (3, 0)
-    # A helper in another file than the kernels that contain it.
-    with open(package_copy / "simd" / "math.py", "a") as file:
-        file.write("\n# changed\n")
-    assert _forward(package_copy, **cache)[:2] == (0, 3)
-
-
-def _without_own_cache_directories(package):
-    """As in an installation that the user cannot write to (file modes do not stop root)."""
-    for folder in (package, *(p for p in package.iterdir() if p.is_dir())):
-        (folder / "__pycache__").touch()
-
-
-def test_read_only_installation_uses_the_users_cache(package_copy, tmp_path):
-    _without_own_cache_directories(package_copy)
-    environment = {"NUMBA_CACHE_DIR": "", "XDG_CACHE_HOME": str(tmp_path / "home"), "HOME": str(tmp_path / "home")}
-    assert _forward(package_copy, **environment) == (0, 3, "")
-    assert _forward(package_copy, **environment) == (3, 0, "")
-
-
-def test_without_any_cache_it_works_and_says_so_once(package_copy):
-    _without_own_cache_directories(package_copy)
-    nowhere = "/dev/null/none"
-    _, _, stderr = _forward(package_copy, NUMBA_CACHE_DIR="", XDG_CACHE_HOME=nowhere, HOME=nowhere)
-    assert stderr.count("compiled kernels cannot be cached") == 1
-    assert "NUMBA_CACHE_DIR" in stderr
 
 
 # ---- the twins ----
