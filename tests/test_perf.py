@@ -10,6 +10,8 @@ import numpy as np
 import pyperf
 import pytest
 
+from moe_numba import MoeLayer, threads
+
 pytestmark = pytest.mark.jit
 
 PERF = Path(__file__).resolve().parent.parent / "perf"
@@ -168,3 +170,22 @@ def check_refused(result, reason):
     assert (status, out) == (2, "")
     assert err.count("\n") == 1
     assert reason in err
+
+
+def test_endurance_passes_and_finds_a_wrong_bit(perf_module, capsys, monkeypatch):
+    endurance = perf_module("endurance")
+    monkeypatch.setattr(threads, "SERIAL_BELOW", threads.SERIAL_BELOW)  # which it sets
+    assert endurance.main(["--minutes", "0.02"]) == 0
+    assert "passed" in capsys.readouterr().out
+    forward, calls = MoeLayer.forward, []
+
+    def broken(self, x):
+        y, routing = forward(self, x)
+        calls.append(x)
+        if len(calls) > 200:
+            y.view("i4")[-1:] ^= 1
+        return y, routing
+
+    monkeypatch.setattr(MoeLayer, "__call__", broken)
+    assert endurance.main(["--minutes", "0.5"]) == 1
+    assert "VIOLATION: AssertionError" in capsys.readouterr().out
