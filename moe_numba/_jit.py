@@ -11,8 +11,10 @@ Decorators for the functions in kernels/ and simd/:
 import sys
 
 import numpy as np
+from llvmlite.binding import ffi
 from numba import config, njit
 from numba.core import event
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.cpu_options import ParallelOptions
 
 from ._cache import KernelCache, warn_uncached
@@ -59,7 +61,30 @@ class Kernel:
             dispatcher._cache = KernelCache(function, "parallel" if parallel else "serial")
         except (RuntimeError, OSError) as error:
             warn_uncached(error)
+        dispatcher._compile_for_args = _leaving_no_lock(dispatcher._compile_for_args)
         return dispatcher
+
+
+def _leaving_no_lock(compile_for_args):
+    """Compile so that a KeyboardInterrupt leaves no lock taken.
+
+    Numba's and llvmlite's locks do not survive an interrupt while they are being taken or left: other threads would
+    wait for this one forever (seen in one of five interrupted compilations).
+    """
+
+    def compile_(*args, **kwargs):
+        locks = global_compiler_lock._lock, ffi.lib._lock._lock
+        if any(lock._is_owned() for lock in locks):  # within another compilation, which leaves them itself
+            return compile_for_args(*args, **kwargs)
+        try:
+            return compile_for_args(*args, **kwargs)
+        except KeyboardInterrupt:
+            for lock in locks:
+                while lock._is_owned():
+                    lock.release()
+            raise
+
+    return compile_
 
 
 #: Those that can be compiled: none without the JIT.
