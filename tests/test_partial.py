@@ -288,10 +288,11 @@ def test_killed_at_random_moments_and_continued(long_run, number):
         timer.start()
         process.communicate(timeout=120)
         timer.cancel()
-        content = (folder / "y.npy").read_bytes()
-        if process.returncode == 0 or content != b"precious":  # it was faster; what it wrote must be whole
-            assert content == expected
-            (folder / "y.npy").write_bytes(b"precious")
+        found = (folder / "y.npy").read_bytes()
+        assert found in (b"precious", expected)  # it may have been done, and on its way out
+        if process.returncode == 0:
+            assert found == expected
+        (folder / "y.npy").write_bytes(b"precious")
         assert names(folder) <= {"x.npy", "y.npy", "y.npy.part"}
     process = command(folder, "--resume")
     out, err = process.communicate(timeout=120)
