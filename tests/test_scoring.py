@@ -53,8 +53,11 @@ def router_of(rng, config):
 
 
 def spread_logits(rng, tokens, experts, width=4.0):
-    """Logits without ties, so that rounding does not change the choice."""
-    rows = np.tile(np.linspace(-width, width, experts, dtype=np.float32), (tokens, 1))
+    """Logits without ties, so that rounding does not change the choice.
+
+    Nor of sums: about 0 the sigmoids of a logit and of its opposite add up to 1, whichever they are.
+    """
+    rows = np.tile(np.linspace(-width, 0.9 * width, experts, dtype=np.float32), (tokens, 1))
     return rng.permuted(rows, axis=1)
 
 
