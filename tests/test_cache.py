@@ -16,6 +16,8 @@ from numba.core import caching
 
 from moe_numba import _cache
 
+pytestmark = pytest.mark.jit
+
 SMALL_FORWARD = """
 import numpy as np
 from moe_numba import MoeConfig, MoeLayer
