@@ -1,6 +1,6 @@
 """Compiled kernels on disk: where they lie, how a file is known to be whole and current.
 
-Numba's own files (`numba.core.caching.IndexDataCacheFile`) do not fit, for reasons measured with Numba 0.68: a
+Numba's own files (`numba.core.caching.IndexDataCacheFile`) do not fit, as its source shows (Numba 0.68): a
 truncated file raises from the call that wanted the kernel, a changed byte crashes it, a full disk raises although the
 kernel has been compiled, helpers in other files are not part of the stamp, and processes that save different
 signatures of a kernel at once can give both the same name, so that one loads the other's machine code.
