@@ -52,6 +52,11 @@ PASS_VALUES = 2**19
 #: Runs of weight rows that are fetched side by side, of either half. One sequence of lines was read at 76 % of the
 #: memory's rate, 4 at 81 %, 16 (rows of their own) at 75 % (Xeon, olmoe, T = 16).
 STREAMS = 4
+#: Values of a weight row, a page of 4 KiB, from which the processor reads the rows of a pair of strips ahead by itself,
+#: if a tile or two of tokens do not keep it waiting. Asking for the next pair was slower then (Xeon, one thread, T = 1
+#: of olmoe and Mixtral, first projection: 82 % of the memory's rate, without 84 and 87 %), by far so if two pairs
+#: do not fit the second-level cache (Mixtral, second projection: 63 and 85 %).
+STREAMED = 2048
 #: Output columns per piece of work are a multiple of this.
 COLUMN_BLOCK = 2 * TILE
 #: float32 sums of one thread: 512 KiB of a second-level cache of 2 MiB.
@@ -192,7 +197,9 @@ def _multiply(w, strips, columns, length, then, tokens, tokens_stride, groups, o
             for group in range(0, groups, 2):
                 row = TILE * group // groups
                 rows = TILE * min(group + 2, groups) // groups - row
-                if size == length:  # whole rows lie end to end, those of gate and up in two places
+                if groups <= 2 and length >= STREAMED:
+                    fetch = (0, 0, 0, 0, 0, 0)
+                elif size == length:  # whole rows lie end to end, those of gate and up in two places
                     near = ahead + row * length
                     far = near + (strips.second if strips.pair == TILE * length else TILE * length)
                     streams = min(rows, STREAMS)
