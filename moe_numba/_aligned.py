@@ -30,6 +30,7 @@ def aligned_copy(array, dtype):
 
 def converted(array, dtype):
     """`array` itself if it is C-contiguous, aligned to its items and of `dtype`, otherwise `aligned_copy`."""
-    if array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned:
+    flags = array.flags
+    if array.dtype == dtype and flags.c_contiguous and flags.aligned:
         return array
     return aligned_copy(array, dtype)

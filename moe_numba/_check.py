@@ -156,5 +156,5 @@ def read_only(array):
     if not array.flags.writeable:
         return array
     view = array.view()
-    view.flags.writeable = False
+    view.setflags(write=False)
     return view

@@ -15,7 +15,7 @@ from ._workspace import LEAST_CHUNK, chunk_tokens, take_workspace
 from .config import ACTIVATIONS, MoeConfig
 from .formats import FORMATS
 from .kernels.activations import CLAMPED_SILU, CODES
-from .kernels.experts import Form, Weights
+from .kernels.experts import Form
 from .plan import DispatchPlan
 from .threads import get_num_threads, threads_for, twin
 
@@ -72,14 +72,16 @@ class Experts(Sequence):
         self.down = self._encode("down_proj", down, down_shape[::2] + down_shape[1:2] if transposed else down_shape)
         self.up_bias = _bias(up_bias_name, up_bias, (self.num_experts, rows))
         self.down_bias = _bias("down_bias", down_bias, (self.num_experts, self.input_dim))
-        biases = (_NO_BIAS if bias is None else bias for bias in (self.up_bias, self.down_bias))
-        up_bias, down_bias = map(_check.read_only, biases)
         storage = self._format.storage
-        up, down = (w if w.dtype == storage else w.view(storage) for w in (self.up, self.down))
-        up, down = map(_check.read_only, (up, down))
         #: The Engine that computes them.
         self.engine = engine_for(storage, bool(transposed))
-        self._weights = tuple(Weights(up, up_bias, down, down_bias))
+        #: The fields of kernels.experts.Weights, as kernels take them.
+        self._weights = (
+            _check.read_only(up if up.dtype == storage else up.view(storage)),
+            _NO_BIAS if up_bias is None else _check.read_only(self.up_bias),
+            _check.read_only(self.down if self.down.dtype == storage else self.down.view(storage)),
+            _NO_BIAS if down_bias is None else _check.read_only(self.down_bias),
+        )
         self._interleaved = bool(interleaved)
         self._form = _form(activation, self._interleaved, swiglu_limit, swiglu_alpha, swiglu_beta)
         self._transposed = True if transposed else None
