@@ -10,7 +10,6 @@ import numpy as np
 from ._aligned import CACHE_LINE
 from ._jit import Kernel
 from .kernels import amx, experts, projection
-from .kernels.plan import PIECES
 from .simd.amx import DEPTH, PACKED_TILE, TILE
 from .simd.target import has_amx
 from .simd.tile import operand_dtype
@@ -49,15 +48,15 @@ def _odd_lines(width, dtype):
     return items * (-(-width // items) | 1)
 
 
-def _output_columns(s, unit):
-    """Columns of a piece of work of the second projection: a multiple of `unit`, and several pieces for each thread."""
-    fair = s.input_dim // (PIECES * s.threads) if s.threads > 1 else s.input_dim
-    return min(experts.OUTPUT_COLUMNS, max(1, -(-fair // unit)) * unit)
+def _output_columns(s, most, unit):
+    """Columns of the largest piece of work of the second projection (plan.output_piece)."""
+    share = s.input_dim // (2 * s.threads) if s.threads > 1 else s.input_dim
+    return min(most, max(1, -(-share // unit)) * unit)
 
 
 def _vector_shapes(operand):
     def shapes(s):
-        columns = _output_columns(s, experts.TRANSPOSED_BLOCK)
+        columns = _output_columns(s, experts.OUTPUT_COLUMNS, experts.TRANSPOSED_BLOCK)
         return [
             (s.tokens, _odd_lines(s.input_dim, operand), operand),
             (s.rows, _odd_lines(s.hidden_dim, operand), operand),
@@ -70,7 +69,7 @@ def _vector_shapes(operand):
 
 def _amx_shapes(s):
     groups = min(s.rows, s.num_experts) + s.rows // TILE  # every expert's last group may hold one row
-    columns = _output_columns(s, amx.COLUMN_BLOCK)
+    columns = _output_columns(s, amx.OUTPUT_COLUMNS, amx.COLUMN_BLOCK)
     packed = (PACKED_TILE * -(-width // DEPTH) for width in (s.input_dim, s.hidden_dim))
     return [
         *((groups, length, np.uint16) for length in packed),

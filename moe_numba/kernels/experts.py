@@ -10,17 +10,17 @@ from ..simd.atomic import take_next
 from ..simd.target import LANES
 from ..simd.vector import even_lanes, fma, load, odd_lanes, offset, pointer, splat, store, store_operand
 from .activations import activate, gated
-from .plan import Rows, columns_per_piece, most_rows, piece
+from .plan import Rows, columns_per_piece, most_rows, output_piece, piece
 from .projection import CONSECUTIVE, ROW_BLOCK, project, project_transposed
 
 #: Output columns per piece of work are a multiple of this, itself one of the tile's columns and of LANES.
 COLUMN_BLOCK = 48
 #: The same of transposed weights, whose tiles are wider.
 TRANSPOSED_BLOCK = 2 * COLUMN_BLOCK
-#: float32 scratch of one thread: gate and up of one piece of work.
-SCRATCH_SIZE = 2 * ROW_BLOCK * TRANSPOSED_BLOCK
-#: Output columns of a piece of work at most, for all tokens: scratch holds as many for a block of rows.
-OUTPUT_COLUMNS = SCRATCH_SIZE // ROW_BLOCK
+#: Output columns of a piece of work at most, for all tokens.
+OUTPUT_COLUMNS = 384
+#: float32 scratch of one thread: gate and up of one piece of work, or outputs of a block of rows.
+SCRATCH_SIZE = ROW_BLOCK * max(2 * TRANSPOSED_BLOCK, OUTPUT_COLUMNS)
 #: Tokens per piece of work where tokens are copied.
 ENCODE_BLOCK = 16
 
@@ -224,17 +224,17 @@ def _activate_row(sums, columns, column_block, weights, form, expert, column, hi
 def _down_projection(weights, transposed, rows, topk_weights, used, space, y, worker):
     """y[t] = sum of topk_weights[slot] * (hidden[r] @ down.T + bias) over t's rows, until no columns are left."""
     hidden_dim, output_dim = _length_and_height(weights.down, transposed)
+    threads = space.scratch.shape[0]
     hidden_stride = space.hidden.shape[1]
-    width = output_columns(space, used)
+    width = space.sums.shape[1] // max(1, used.shape[0])
+    unit = COLUMN_BLOCK if transposed is None else TRANSPOSED_BLOCK
     outputs = pointer(space.scratch, worker * space.scratch.shape[1])
     sums = pointer(space.sums, worker * space.sums.shape[1])
 
-    items = (output_dim + width - 1) // width
-    next_item = take_next(pointer(space.counters, 1), 0)
-    while next_item < items:
-        column = next_item * width
-        next_item = take_next(pointer(space.counters, 1), 0)
-        columns = min(width, output_dim - column)
+    next_column, next_columns = take_columns(space.counters, output_dim, threads, width, unit)
+    while next_columns > 0:
+        column, columns = next_column, next_columns
+        next_column, next_columns = take_columns(space.counters, output_dim, threads, width, unit)
         start_sums(topk_weights, used, sums, width)
         for block in range(rows.n_blocks):
             expert, first, end = rows.blocks[block, 0], rows.blocks[block, 1], rows.blocks[block, 2]
@@ -249,7 +249,7 @@ def _down_projection(weights, transposed, rows, topk_weights, used, space, y, wo
                 hidden_dim,
                 (expert, column),
                 columns,
-                block_after(rows, block, column, min(next_item, items - 1) * width),
+                block_after(rows, block, column, next_column),
                 outputs,
                 width,
             )
@@ -259,9 +259,9 @@ def _down_projection(weights, transposed, rows, topk_weights, used, space, y, wo
 
 
 @inline
-def output_columns(space, used):
-    """Columns of a piece of work of the second projection."""
-    return space.sums.shape[1] // max(1, used.shape[0])
+def take_columns(counters, width, threads, most, unit):
+    """First column and number of columns of the next piece of work of the second projection, as `output_piece`."""
+    return output_piece(take_next(pointer(counters, 1), 0), width, threads, most, unit)
 
 
 @inline

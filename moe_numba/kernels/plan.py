@@ -46,6 +46,24 @@ def piece(rows, item, column_blocks, column_block):
     return b[block, 0], b[block, 1], b[block, 2], b[block, 3], item % column_blocks * column_block
 
 
+@inline
+def output_piece(item, width, threads, most, unit):
+    """First column and number of columns of a piece of work over `width` output columns; none are left: 0.
+
+    Each has half of a thread's share of the columns that are left, in multiples of `unit`, at most `most`: wide
+    pieces read the rows less often, narrow ones let threads end at the same time (Xeon, olmoe, float32, T = 2048,
+    second projection: 255 ms instead of 266 with pieces of 192). Guided self-scheduling: Polychronopoulos and
+    Kuck, IEEE Transactions on Computers C-36 (1987).
+    """
+    column = columns = 0
+    for _ in range(item + 1):
+        column += columns
+        left = width - column
+        share = left // (2 * threads) if threads > 1 else left
+        columns = min(left, most, max(1, (share + unit - 1) // unit) * unit)
+    return column, columns
+
+
 @kernel
 def plan_rows(indices, used, experts, row_block, unit, row_token, row_slot, blocks, next_row):
     """Give every dispatched slot a row, the rows of one expert side by side in token order.
