@@ -69,7 +69,7 @@ def _vector_shapes(operand):
 
 def _amx_shapes(s):
     groups = min(s.rows, s.num_experts) + s.rows // TILE  # every expert's last group may hold one row
-    columns = _output_columns(s, amx.OUTPUT_COLUMNS, amx.COLUMN_BLOCK)
+    columns = _output_columns(s, amx.OUTPUT_COLUMNS, amx.OUTPUT_BLOCK)
     packed = (PACKED_TILE * -(-width // DEPTH) for width in (s.input_dim, s.hidden_dim))
     return [
         *((groups, length, np.uint16) for length in packed),

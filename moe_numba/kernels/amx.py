@@ -52,18 +52,19 @@ PASS_VALUES = 2**19
 #: Runs of weight rows that are fetched side by side, of either half. One sequence of lines was read at 76 % of the
 #: memory's rate, 4 at 81 %, 16 (rows of their own) at 75 % (Xeon, olmoe, T = 16).
 STREAMS = 4
-#: Values of a weight row, a page of 4 KiB, from which the processor reads the rows of a pair of strips ahead by itself,
-#: if a tile or two of tokens do not keep it waiting. Asking for the next pair was slower then (Xeon, one thread, T = 1
-#: of olmoe and Mixtral, first projection: 82 % of the memory's rate, without 84 and 87 %), by far so if two pairs
-#: do not fit the second-level cache (Mixtral, second projection: 63 and 85 %).
-STREAMED = 2048
+#: Values of a weight row, two pages of 4 KiB, from which the processor reads the rows of a pair of strips ahead by
+#: itself, if a tile or two of tokens do not keep it waiting. Asking for the next pair was slower then (Xeon, one core,
+#: Mixtral, T = 1, first projection: 82 % of the memory's rate, without 87), by far so if two pairs do not fit the
+#: second-level cache (second projection: 63 and 85 %). With rows of one page it was 82 and 84 % in memory of large
+#: pages, but 2 % slower inside of transformers, whose memory has small ones.
+STREAMED = 4096
 #: Cache lines of the next weights that are asked for while two hidden values are activated, so that the memory does
 #: not rest (olmoe, T = 1, first projection: 83 % of the memory's rate, with 4 lines 84.5 and with 8 86 %).
 ACTIVATION_LINES = 8
 #: Output columns per piece of work are a multiple of this.
 COLUMN_BLOCK = 2 * TILE
-#: Output columns of a piece of work at most, for all tokens.
-OUTPUT_COLUMNS = 128
+#: Output columns of a piece of work, for all tokens, are a multiple of the first number, at most the second.
+OUTPUT_BLOCK, OUTPUT_COLUMNS = 2 * COLUMN_BLOCK, 128
 #: float32 sums of one thread: 512 KiB of a second-level cache of 2 MiB.
 SCRATCH_SIZE = 131072
 #: Tiles of tokens that are packed per piece of work.
@@ -164,6 +165,12 @@ def _tile(w, second, stride, strip_rows, length, tokens, tokens_at, fetch, first
 
 
 @inline
+def _streams(groups, length):
+    """Whether the processor reads weights ahead by itself."""
+    return groups <= 2 and length >= STREAMED
+
+
+@inline
 def _strip_rows(strips, columns):
     """Rows of both strips of a pair of which `columns` columns exist, and the offset from one to the other."""
     rows0 = min(columns, TILE)
@@ -202,7 +209,7 @@ def _multiply(w, strips, columns, length, then, tokens, tokens_stride, groups, o
             for group in range(0, groups, 2):
                 row = TILE * group // groups
                 rows = TILE * min(group + 2, groups) // groups - row
-                if groups <= 2 and length >= STREAMED:
+                if _streams(groups, length):
                     fetch = (0, 0, 0, 0, 0, 0)
                 elif size == length:  # whole rows lie end to end, those of gate and up in two places
                     near = ahead + row * length
@@ -265,7 +272,8 @@ def _up_projection(weights, form, rows, space, worker):
         w, tokens = pointer(weights.up, here), pointer(space.tokens, group * stride)
         groups = _groups(end - first)
         _multiply(w, strips, columns, width, then - here, tokens, stride, groups, sums, tails)
-        ahead = offset(w, then - here)
+        # What comes next, but for the pair of strips that has been asked for.
+        ahead = offset(w, then - here + (0 if _streams(groups, width) else strips.pair))
         for g in range(groups):
             hidden = pointer(space.hidden, (group + g) * space.hidden.shape[1])
             _activate_group(sums, strips, groups, g, weights, form, expert, column, columns, hidden, ahead)
@@ -323,10 +331,10 @@ def _down_projection(weights, rows, topk_weights, used, space, y, worker):
     sums = pointer(space.sums, worker * space.sums.shape[1])
 
     _configure(TILE, TILE)
-    next_column, next_columns = take_columns(space.counters, output_dim, threads, width, COLUMN_BLOCK)
+    next_column, next_columns = take_columns(space.counters, output_dim, threads, width, OUTPUT_BLOCK)
     while next_columns > 0:
         column, columns = next_column, next_columns
-        next_column, next_columns = take_columns(space.counters, output_dim, threads, width, COLUMN_BLOCK)
+        next_column, next_columns = take_columns(space.counters, output_dim, threads, width, OUTPUT_BLOCK)
         start_sums(topk_weights, used, sums, width)
         for block in range(rows.n_blocks):
             expert, first, end = rows.blocks[block, 0], rows.blocks[block, 1], rows.blocks[block, 2]
