@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from helpers import compiled
 from numpy.testing import assert_array_equal
 
 from moe_numba._engines import AMX, VECTORS
-from moe_numba.kernels.plan import Rows
+from moe_numba.kernels.plan import Rows, output_piece
 from moe_numba.plan import DispatchPlan
 
 ENGINES = (VECTORS, AMX)  # AMX's plan can be made on any processor
@@ -76,3 +77,28 @@ def test_invalid_experts_are_counted_and_get_no_row():
     rows = Rows(*plan.rows)
     assert_array_equal(rows.row_token[:2], [0, 1])
     assert_array_equal(rows.blocks[: rows.n_blocks], [[0, 0, 1, 0], [2, 1, 2, 1]])
+
+
+@compiled
+def _output_piece(item, width, threads, most, unit):
+    return output_piece(item, width, threads, most, unit)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7, 64])
+@pytest.mark.parametrize("width", [1, 47, 48, 49, 1000, 2048])
+def test_output_pieces_cover_every_column_once_and_become_smaller(width, threads):
+    most, unit = 384, 48
+    end, sizes = 0, []
+    while end < width:
+        column, columns = _output_piece(len(sizes), width, threads, most, unit)
+        assert column == end
+        sizes.append(columns)
+        end += columns
+    assert end == width
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] <= most
+    assert all(size % unit == 0 for size in sizes[:-1])
+    if width >= 2 * threads * unit > 2 * unit:
+        assert sizes[0] * threads <= width  # nobody waits for the first piece
+    for beyond in (0, 1, 100):
+        assert _output_piece(len(sizes) + beyond, width, threads, most, unit) == (width, 0)

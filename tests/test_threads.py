@@ -223,6 +223,7 @@ def test_nothing_dies_waits_or_differs(code, layer):
 
 _INTERRUPTED_COMPILATION = """
 import os, random, signal, threading, time, numpy as np, moe_numba
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background are begun with it ignored
 x = np.zeros((2, 4), np.float32)
 router = moe_numba.TopKRouter(moe_numba.RouterConfig(4, 3, 1, None))
 done = threading.Event()
