@@ -37,6 +37,7 @@ from .experts import (
     add_outputs,
     bias_of,
     block_after,
+    output_columns,
     start_sums,
     take_columns,
     write_sums,
@@ -57,7 +58,7 @@ STREAMS = 4
 #: Mixtral, T = 1, first projection: 82 % of the memory's rate, without 87), by far so if two pairs do not fit the
 #: second-level cache (second projection: 63 and 85 %). With rows of one page it was 82 and 84 % in memory of large
 #: pages, but 2 % slower inside of transformers, whose memory has small ones.
-STREAMED = 4096
+READ_AHEAD = 4096
 #: Cache lines of the next weights that are asked for while two hidden values are activated, so that the memory does
 #: not rest (olmoe, T = 1, first projection: 83 % of the memory's rate, with 4 lines 84.5 and with 8 86 %).
 ACTIVATION_LINES = 8
@@ -165,9 +166,9 @@ def _tile(w, second, stride, strip_rows, length, tokens, tokens_at, fetch, first
 
 
 @inline
-def _streams(groups, length):
-    """Whether the processor reads weights ahead by itself."""
-    return groups <= 2 and length >= STREAMED
+def _reads_ahead(groups, length):
+    """Whether the processor reads weights of so many values a row ahead by itself."""
+    return groups <= 2 and length >= READ_AHEAD
 
 
 @inline
@@ -209,7 +210,7 @@ def _multiply(w, strips, columns, length, then, tokens, tokens_stride, groups, o
             for group in range(0, groups, 2):
                 row = TILE * group // groups
                 rows = TILE * min(group + 2, groups) // groups - row
-                if _streams(groups, length):
+                if _reads_ahead(groups, length):
                     fetch = (0, 0, 0, 0, 0, 0)
                 elif size == length:  # whole rows lie end to end, those of gate and up in two places
                     near = ahead + row * length
@@ -273,7 +274,7 @@ def _up_projection(weights, form, rows, space, worker):
         groups = _groups(end - first)
         _multiply(w, strips, columns, width, then - here, tokens, stride, groups, sums, tails)
         # What comes next, but for the pair of strips that has been asked for.
-        ahead = offset(w, then - here + (0 if _streams(groups, width) else strips.pair))
+        ahead = offset(w, then - here + (0 if _reads_ahead(groups, width) else strips.pair))
         for g in range(groups):
             hidden = pointer(space.hidden, (group + g) * space.hidden.shape[1])
             _activate_group(sums, strips, groups, g, weights, form, expert, column, columns, hidden, ahead)
@@ -323,18 +324,17 @@ def _down_projection(weights, rows, topk_weights, used, space, y, worker):
     output_dim, hidden_dim = weights.down.shape[1:]
     strips = Strips(TILE * hidden_dim, hidden_dim, 2 * TILE * hidden_dim, 2 * TILE)
     stride = space.hidden.shape[1]
-    threads = space.scratch.shape[0]
-    width = space.sums.shape[1] // max(1, used.shape[0])
+    width = output_columns(space, used)
     tiles = pointer(space.scratch, worker * space.scratch.shape[1])
     tails = pointer(space.tails, worker * space.tails.shape[1])
     outputs = pointer(space.outputs, worker * space.outputs.shape[1])
     sums = pointer(space.sums, worker * space.sums.shape[1])
 
     _configure(TILE, TILE)
-    next_column, next_columns = take_columns(space.counters, output_dim, threads, width, OUTPUT_BLOCK)
+    next_column, next_columns = take_columns(space, used, output_dim, OUTPUT_BLOCK)
     while next_columns > 0:
         column, columns = next_column, next_columns
-        next_column, next_columns = take_columns(space.counters, output_dim, threads, width, OUTPUT_BLOCK)
+        next_column, next_columns = take_columns(space, used, output_dim, OUTPUT_BLOCK)
         start_sums(topk_weights, used, sums, width)
         for block in range(rows.n_blocks):
             expert, first, end = rows.blocks[block, 0], rows.blocks[block, 1], rows.blocks[block, 2]

@@ -224,17 +224,16 @@ def _activate_row(sums, columns, column_block, weights, form, expert, column, hi
 def _down_projection(weights, transposed, rows, topk_weights, used, space, y, worker):
     """y[t] = sum of topk_weights[slot] * (hidden[r] @ down.T + bias) over t's rows, until no columns are left."""
     hidden_dim, output_dim = _length_and_height(weights.down, transposed)
-    threads = space.scratch.shape[0]
     hidden_stride = space.hidden.shape[1]
-    width = space.sums.shape[1] // max(1, used.shape[0])
+    width = output_columns(space, used)
     unit = COLUMN_BLOCK if transposed is None else TRANSPOSED_BLOCK
     outputs = pointer(space.scratch, worker * space.scratch.shape[1])
     sums = pointer(space.sums, worker * space.sums.shape[1])
 
-    next_column, next_columns = take_columns(space.counters, output_dim, threads, width, unit)
+    next_column, next_columns = take_columns(space, used, output_dim, unit)
     while next_columns > 0:
         column, columns = next_column, next_columns
-        next_column, next_columns = take_columns(space.counters, output_dim, threads, width, unit)
+        next_column, next_columns = take_columns(space, used, output_dim, unit)
         start_sums(topk_weights, used, sums, width)
         for block in range(rows.n_blocks):
             expert, first, end = rows.blocks[block, 0], rows.blocks[block, 1], rows.blocks[block, 2]
@@ -259,9 +258,16 @@ def _down_projection(weights, transposed, rows, topk_weights, used, space, y, wo
 
 
 @inline
-def take_columns(counters, width, threads, most, unit):
+def output_columns(space, used):
+    """Columns of a piece of work of the second projection at most: the length of a row of sums."""
+    return space.sums.shape[1] // max(1, used.shape[0])
+
+
+@inline
+def take_columns(space, used, output_dim, unit):
     """First column and number of columns of the next piece of work of the second projection, as `output_piece`."""
-    return output_piece(take_next(pointer(counters, 1), 0), width, threads, most, unit)
+    item = take_next(pointer(space.counters, 1), 0)
+    return output_piece(item, output_dim, space.scratch.shape[0], output_columns(space, used), unit)
 
 
 @inline
