@@ -9,7 +9,7 @@ import numpy as np
 
 from ._aligned import CACHE_LINE
 from ._jit import Kernel
-from .kernels import amx, experts, projection
+from .kernels import amx, amx_transposed, experts, projection
 from .simd.amx import DEPTH, PACKED_TILE, TILE
 from .simd.target import has_amx
 from .simd.tile import operand_dtype
@@ -67,16 +67,28 @@ def _vector_shapes(operand):
     return shapes
 
 
+def _groups(s):
+    return min(s.rows, s.num_experts) + s.rows // TILE  # every expert's last group may hold one row
+
+
 def _amx_shapes(s):
-    groups = min(s.rows, s.num_experts) + s.rows // TILE  # every expert's last group may hold one row
     columns = _output_columns(s, amx.OUTPUT_COLUMNS, amx.OUTPUT_BLOCK)
     packed = (PACKED_TILE * -(-width // DEPTH) for width in (s.input_dim, s.hidden_dim))
     return [
-        *((groups, length, np.uint16) for length in packed),
+        *((_groups(s), length, np.uint16) for length in packed),
         (s.threads, max(1, s.tokens) * columns, np.float32),
         (s.threads, amx.SCRATCH_SIZE, np.float32),
         (s.threads, TILE * columns, np.float32),
         (s.threads, 2 * TILE * DEPTH, np.uint16),
+    ]
+
+
+def _amx_transposed_shapes(s):
+    columns = _output_columns(s, amx_transposed.OUTPUT_COLUMNS, amx_transposed.OUTPUT_BLOCK)
+    return [
+        *((TILE * _groups(s), _odd_lines(width + 1, np.float32), np.float32) for width in (s.input_dim, s.hidden_dim)),
+        (s.threads, max(1, s.tokens) * columns, np.float32),
+        (s.threads, amx.SCRATCH_SIZE, np.float32),
     ]
 
 
@@ -88,13 +100,24 @@ def _vectors(name, operand):
 #: Vector registers, with float32 activations, and with bfloat16 ones.
 VECTORS = _vectors("vectors", np.float32)
 VECTORS_BFLOAT16 = _vectors("vectors, bfloat16", np.uint16)
-#: The matrix unit.
+#: The matrix unit, and with weights stored [in, out].
 AMX = Engine("AMX", amx.experts_forward_amx, amx.AmxWorkspace, _amx_shapes, amx.ROW_BLOCK, TILE)
+AMX_TRANSPOSED = Engine(
+    "AMX, transposed",
+    amx_transposed.experts_forward_amx_transposed,
+    amx_transposed.AmxTransposedWorkspace,
+    _amx_transposed_shapes,
+    amx.ROW_BLOCK,
+    TILE,
+)
 
 
 @lru_cache
-def engine_for(storage, transposed) -> Engine:
-    """The quickest engine on this processor for weights of a storage dtype."""
-    if storage == np.uint16 and not transposed and has_amx():
-        return AMX
+def engine_for(storage, transposed, widths) -> Engine:
+    """The quickest engine on this processor for weights of a storage dtype. widths: of input and hidden values."""
+    if storage == np.uint16 and has_amx():
+        if not transposed:
+            return AMX
+        if all(width % amx_transposed.WIDTH_UNIT == 0 for width in widths):
+            return AMX_TRANSPOSED
     return VECTORS_BFLOAT16 if operand_dtype(storage) == np.uint16 else VECTORS

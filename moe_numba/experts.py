@@ -74,7 +74,7 @@ class Experts(Sequence):
         self.down_bias = _bias("down_bias", down_bias, (self.num_experts, self.input_dim))
         storage = self._format.storage
         #: The Engine that computes them.
-        self.engine = engine_for(storage, bool(transposed))
+        self.engine = engine_for(storage, bool(transposed), (self.input_dim, self.hidden_dim))
         #: The fields of kernels.experts.Weights, as kernels take them.
         self._weights = (
             _check.read_only(up if up.dtype == storage else up.view(storage)),

@@ -156,10 +156,10 @@ def _matrix_unit_worker(a, w, out, counters, pieces, steps):
     configure_tiles(pointer(CONFIGURATIONS, CONFIGURATIONS.size - 64))  # all rows of every tile
     groups_at = (0, PACKED_TILE)
     while take_next(counters, 0) < pieces:
-        begin_sums(True, out, (0, 2 * SUMS))
+        begin_sums(True, out, SUMS, TILE, (0, 2 * SUMS))
         for _ in range(steps):
-            multiply_step(w, TILE * DEPTH, DEPTH, a, groups_at)
-        store_tile_sums(out, (0, 2 * SUMS))
+            multiply_step(w, TILE * DEPTH, DEPTH, a, DEPTH, groups_at)
+        store_tile_sums(out, SUMS, TILE, (0, 2 * SUMS))
     release_tiles()
 
 

@@ -31,7 +31,7 @@ from moe_numba.simd import target  # noqa: E402
 #: Group of the benchmarks that time a new process; on the command line it is chosen like a workload.
 STARTUP = "startup"
 GROUPS = (*WORKLOADS, STARTUP)
-DEFAULT_GROUPS = tuple(name for name in GROUPS if name != "mixtral")  # 5.6 GB of weights
+DEFAULT_GROUPS = tuple(name for name in GROUPS if name not in ("mixtral", "gpt-oss"))  # 5.6 and 3.2 GB of weights
 
 #: Environment that changes what is measured. pyperf's workers start without it unless told.
 ENVIRONMENT = ("NUMBA_", "OMP_", "GOMP_", "KMP_", "OPENBLAS_")
@@ -76,10 +76,11 @@ def make_runner():
         "--workload",
         action="append",
         choices=GROUPS,
-        help=f"may be repeated; default: {', '.join(DEFAULT_GROUPS)}. mixtral takes 5.6 GB of memory and runs only "
-        f"if named here or with --all. {STARTUP} is import, first result and compilation in a new process",
+        help=f"may be repeated; default: {', '.join(DEFAULT_GROUPS)}. mixtral and gpt-oss take 5.6 and 3.2 GB of "
+        f"memory and run only if named here or with --all. {STARTUP} is import, first result and compilation in a "
+        "new process",
     )
-    group.add_argument("--all", action="store_true", help="every workload, mixtral included")
+    group.add_argument("--all", action="store_true", help="every workload, mixtral and gpt-oss included")
     group.add_argument(
         "--tokens",
         action="append",

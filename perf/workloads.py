@@ -22,12 +22,19 @@ def _relu(input_dim, hidden_dim, num_experts, top_k):
     return MoeConfig(num_experts, top_k, None, 0.0, input_dim, hidden_dim, activation="relu", bias=True)
 
 
+def _gpt_oss(input_dim, hidden_dim, num_experts, top_k):
+    form = {"activation": "swiglu", "swiglu_limit": 7.0, "swiglu_alpha": 1.702, "swiglu_beta": 1.0}
+    layout = {"transposed": True, "interleaved": True, "bias": True}
+    return MoeConfig(num_experts, top_k, None, 0.0, input_dim, hidden_dim, **form, **layout)
+
+
 #: Config by name; all dropless. In float32 the weights take: olmoe 1.6 GB, qwen3 2.4 GB,
-#: mixtral 5.6 GB, switch 151 MB, seed 0.5 MB.
+#: mixtral 5.6 GB, gpt-oss 3.2 GB, switch 151 MB, seed 0.5 MB.
 WORKLOADS = {
     "olmoe": _swiglu(2048, 1024, 64, 8),
     "qwen3": _swiglu(2048, 768, 128, 8),
     "mixtral": _swiglu(4096, 14336, 8, 2),
+    "gpt-oss": _gpt_oss(2880, 2880, 32, 4),  # the 20b model's
     "switch": _relu(768, 3072, 8, 1),
     "seed": _relu(64, 128, 8, 2),
 }
@@ -53,7 +60,8 @@ def prepare(name, tokens, step):
         return router.route, [(x,) for x in inputs]
     routed = [(x, router.route(x)) for x in inputs]
     if step == "plan":
-        engine = engine_for(FORMATS[config.dtype].storage, config.transposed)
+        widths = (config.input_dim, config.hidden_dim)
+        engine = engine_for(FORMATS[config.dtype].storage, config.transposed, widths)
         return DispatchPlan, [(r.expert_indices, r.slots_used, config.num_experts, engine) for _, r in routed]
     layer = make_layer(config)
     if step == "experts":
@@ -66,7 +74,8 @@ def make_layer(config):
     experts, h, f = config.num_experts, config.input_dim, config.hidden_dim
     gated = config.activation == "swiglu"
     up, rows = ("gate_up", 2 * f) if gated else ("up", f)
-    weights = {f"{up}_proj": _normal((experts, rows, h), 1), "down_proj": _normal((experts, h, f), 2)}
+    up_shape, down_shape = ((h, rows), (f, h)) if config.transposed else ((rows, h), (h, f))
+    weights = {f"{up}_proj": _normal((experts, *up_shape), 1), "down_proj": _normal((experts, *down_shape), 2)}
     if config.bias:
         weights |= {f"{up}_bias": _normal((experts, rows), 3), "down_bias": _normal((experts, h), 4)}
     return MoeLayer.from_weights(config, router_weight=_router_weight(config), **weights)

@@ -90,6 +90,7 @@ def test_every_kernel_is_compiled_once_whatever_the_input(extra):
     assert signatures == {
         "experts_forward": (1, 1),
         "experts_forward_amx": (0, 0),  # of bfloat16 weights
+        "experts_forward_amx_transposed": (0, 0),
         "plan_rows": (1, 0),  # never parallel
         "route": (1, 1),
         "softmax_rows": (1, 1),

@@ -34,7 +34,9 @@ from moe_numba.simd.tile import (
 from moe_numba.simd.vector import (
     element,
     even_lanes,
+    first_in_turn,
     fma,
+    last_in_turn,
     load,
     load_or,
     max_lanes,
@@ -145,10 +147,12 @@ def _lane_by_lane(x, out):
         store(even_lanes(a, b), to, 4 * LANES, LANES)
         store(odd_lanes(a, b), to, 5 * LANES, LANES)
         store(a / b - c * d + a, to, 6 * LANES, LANES)
+        store(first_in_turn(a, b), to, 7 * LANES, LANES)
+        store(last_in_turn(a, b), to, 8 * LANES, LANES)
 
 
 def test_lane_by_lane(rng):
-    assert_both_alike(_lane_by_lane, awkward(rng, 500, 3 * LANES), np.zeros((500, 7 * LANES), np.float32))
+    assert_both_alike(_lane_by_lane, awkward(rng, 500, 3 * LANES), np.zeros((500, 9 * LANES), np.float32))
 
 
 def test_fma_rounds_once_where_rounding_twice_would_differ(rng):

@@ -8,10 +8,10 @@ import pytest
 
 from moe_numba import _workspace
 from moe_numba._aligned import CACHE_LINE
-from moe_numba._engines import AMX, VECTORS, VECTORS_BFLOAT16, Sizes
+from moe_numba._engines import AMX, AMX_TRANSPOSED, VECTORS, VECTORS_BFLOAT16, Sizes
 from moe_numba._workspace import chunk_tokens
 
-ENGINES = (VECTORS, VECTORS_BFLOAT16, AMX)
+ENGINES = (VECTORS, VECTORS_BFLOAT16, AMX, AMX_TRANSPOSED)
 
 
 def take_workspace(engine, sizes):
@@ -49,6 +49,30 @@ def test_parts_are_large_enough_and_do_not_overlap(engine, sizes):
     assert space.sums.shape[1] % sizes.tokens == 0
     ends = sorted((part.ctypes.data, part.ctypes.data + part.nbytes) for part in _parts(space))
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
+
+
+def _rounded(width, unit):
+    return -(-width // unit) * unit
+
+
+@pytest.mark.parametrize("sizes", [(7, 14, 4, 33, 65, 1), (100, 800, 64, 160, 96, 2), (2000, 16000, 64, 2048, 1024, 2)])
+def test_matrix_unit_needs_what_the_documentation_says(sizes):
+    """docs/performance.md; all but the groups that round up."""
+    sizes = Sizes(*sizes)
+    columns = sizes.input_dim // (2 * sizes.threads) if sizes.threads > 1 else sizes.input_dim
+    groups = min(sizes.num_experts, sizes.rows) + sizes.rows // 16
+
+    def bytes_of(engine):
+        return sum(rows * length * np.dtype(dtype).itemsize for rows, length, dtype in engine.shapes(sizes))
+
+    sums = min(128, _rounded(columns, 64))
+    widths = _rounded(sizes.input_dim, 32) + _rounded(sizes.hidden_dim, 32)
+    expected = 32 * groups * widths + sizes.threads * (4 * sizes.tokens * sums + 64 * sums + 526336)
+    assert bytes_of(AMX) == expected
+
+    sums = min(256, _rounded(columns, 64))
+    widths = sum(16 * (-(-(width + 1) // 16) | 1) for width in (sizes.input_dim, sizes.hidden_dim))
+    assert bytes_of(AMX_TRANSPOSED) == 64 * groups * widths + sizes.threads * (4 * sizes.tokens * sums + 524288)
 
 
 @every_engine

@@ -42,7 +42,7 @@ from .experts import (
     take_columns,
     write_sums,
 )
-from .plan import Rows, columns_per_piece, most_rows, piece
+from .plan import MOST_COLUMNS, PIECES, Rows, columns_per_piece, most_rows, piece
 
 #: Rows that share one pass over the weights: with 512, Mixtral reads them once for 2,048 tokens.
 ROW_BLOCK = 512
@@ -115,7 +115,8 @@ def experts_forward_amx(x, weights, form, transposed, rows, topk_weights, used, 
 
 
 @inline
-def _groups(rows):
+def groups_of(rows):
+    """Groups of TILE that so many rows fill."""
     return (rows + TILE - 1) // TILE
 
 
@@ -133,7 +134,7 @@ def _pack(x, rows, block, first_step, end_step, space):
 
 
 @inline
-def _configure(rows0, rows1):
+def configure(rows0, rows1):
     """Strips 0 and 1 have so many rows from now on."""
     configure_tiles(pointer(CONFIGURATIONS, (rows0 * (TILE + 1) + rows1) * 64))
 
@@ -145,11 +146,11 @@ def _tile(w, second, stride, strip_rows, length, tokens, tokens_at, fetch, first
     fetch: (offset, offset of the second half, per step, streams of each half, per stream, lines of each per step) of
     what is asked for meanwhile.
     """
-    begin_sums(first, out, out_at)
+    begin_sums(first, out, SUMS, TILE, out_at)
     near, far, per_step, streams, per_stream, lines = fetch
     whole = length - length % DEPTH
     for k in range(0, whole, DEPTH):
-        multiply_step(offset(w, k), second, stride, offset(tokens, k * TILE), tokens_at)
+        multiply_step(offset(w, k), second, stride, offset(tokens, k * TILE), DEPTH, tokens_at)
         for stream in range(streams):
             for line in range(lines):
                 at = stream * per_stream + line * DEPTH
@@ -161,8 +162,8 @@ def _tile(w, second, stride, strip_rows, length, tokens, tokens_at, fetch, first
         for strip in range(2):
             for r in range(strip_rows[strip]):
                 copy_shorts(w, strip * second + r * stride + whole, length - whole, tails, (strip * TILE + r) * DEPTH)
-        multiply_step(tails, TILE * DEPTH, DEPTH, offset(tokens, whole * TILE), tokens_at)
-    store_sums(out, out_at)
+        multiply_step(tails, TILE * DEPTH, DEPTH, offset(tokens, whole * TILE), DEPTH, tokens_at)
+    store_sums(out, SUMS, TILE, out_at)
 
 
 @inline
@@ -206,7 +207,7 @@ def _multiply(w, strips, columns, length, then, tokens, tokens_stride, groups, o
             ahead = strips.pair if p + 1 < pairs else after - at
             partial = rows0 < TILE or rows1 < TILE
             if partial:
-                _configure(rows0, rows1)
+                configure(rows0, rows1)
             for group in range(0, groups, 2):
                 row = TILE * group // groups
                 rows = TILE * min(group + 2, groups) // groups - row
@@ -231,7 +232,7 @@ def _multiply(w, strips, columns, length, then, tokens, tokens_stride, groups, o
                 else:
                     _tile(v, second, strips.row, strip_rows, size, t, (0,), fetch, k == 0, c, (0,), tails)
             if partial:
-                _configure(TILE, TILE)
+                configure(TILE, TILE)
 
 
 @inline
@@ -252,14 +253,15 @@ def _up_projection(weights, form, rows, space, worker):
         strips, run = Strips(width, 2 * width, 2 * TILE * width, TILE), 2
     else:
         strips, run = Strips(hidden_dim * width, width, TILE * width, TILE), 1
-    held = SCRATCH_SIZE // (_groups(most_rows(rows)) * TILE * (2 if form.gated else 1))
-    column_block = columns_per_piece(rows, hidden_dim, space.scratch.shape[0], held, COLUMN_BLOCK)
+    held = SCRATCH_SIZE // (groups_of(most_rows(rows)) * TILE * (2 if form.gated else 1))
+    pieces = PIECES * space.scratch.shape[0]
+    column_block = columns_per_piece(rows, hidden_dim, pieces, min(held, MOST_COLUMNS), COLUMN_BLOCK)
     column_blocks = (hidden_dim + column_block - 1) // column_block
     stride = space.tokens.shape[1]
     sums = pointer(space.scratch, worker * space.scratch.shape[1])
     tails = pointer(space.tails, worker * space.tails.shape[1])
 
-    _configure(TILE, TILE)
+    configure(TILE, TILE)
     items = rows.n_blocks * column_blocks
     next_item = take_next(pointer(space.counters, 0), 0)
     while next_item < items:
@@ -271,7 +273,7 @@ def _up_projection(weights, form, rows, space, worker):
         next_expert, _, _, _, next_column = piece(rows, min(next_item, items - 1), column_blocks, column_block)
         then = (next_expert * height + next_column * run) * width
         w, tokens = pointer(weights.up, here), pointer(space.tokens, group * stride)
-        groups = _groups(end - first)
+        groups = groups_of(end - first)
         _multiply(w, strips, columns, width, then - here, tokens, stride, groups, sums, tails)
         # What comes next, but for the pair of strips that has been asked for.
         ahead = offset(w, then - here + (0 if _reads_ahead(groups, width) else strips.pair))
@@ -330,7 +332,7 @@ def _down_projection(weights, rows, topk_weights, used, space, y, worker):
     outputs = pointer(space.outputs, worker * space.outputs.shape[1])
     sums = pointer(space.sums, worker * space.sums.shape[1])
 
-    _configure(TILE, TILE)
+    configure(TILE, TILE)
     next_column, next_columns = take_columns(space, used, output_dim, OUTPUT_BLOCK)
     while next_columns > 0:
         column, columns = next_column, next_columns
@@ -342,7 +344,7 @@ def _down_projection(weights, rows, topk_weights, used, space, y, worker):
             here = (expert * output_dim + column) * hidden_dim
             then = (following * output_dim + following_column) * hidden_dim - here
             hidden = pointer(space.hidden, rows.blocks[block, 3] * stride)
-            groups = _groups(end - first)
+            groups = groups_of(end - first)
             _multiply(
                 pointer(weights.down, here), strips, columns, hidden_dim, then, hidden, stride, groups, tiles, tails
             )

@@ -10,7 +10,7 @@ from ..simd.atomic import take_next
 from ..simd.target import LANES
 from ..simd.vector import even_lanes, fma, load, odd_lanes, offset, pointer, splat, store, store_operand
 from .activations import activate, gated
-from .plan import Rows, columns_per_piece, most_rows, output_piece, piece
+from .plan import MOST_COLUMNS, PIECES, Rows, columns_per_piece, most_rows, output_piece, piece
 from .projection import CONSECUTIVE, ROW_BLOCK, project, project_transposed
 
 #: Output columns per piece of work are a multiple of this, itself one of the tile's columns and of LANES.
@@ -112,7 +112,8 @@ def _encode(x, first, end, weights, space):
 def _columns_per_piece(rows, width, threads, transposed):
     """Columns of a piece of work over `width` columns, whose sums scratch holds."""
     unit = COLUMN_BLOCK if transposed is None else TRANSPOSED_BLOCK
-    return columns_per_piece(rows, width, threads, ROW_BLOCK * unit // most_rows(rows), unit)
+    most = min(MOST_COLUMNS, ROW_BLOCK * unit // most_rows(rows))
+    return columns_per_piece(rows, width, PIECES * threads, most, unit)
 
 
 @helper
@@ -184,11 +185,11 @@ def _up_projection(weights, form, transposed, rows, space, worker):
         for r in range(first, end):
             hidden = pointer(space.hidden, r * space.hidden.shape[1] + column)
             sums = pointer(space.scratch, mine + (r - first) * sums_stride)
-            _activate_row(sums, columns, column_block, weights, form, expert, column, hidden)
+            activate_row(sums, columns, column_block, weights, form, expert, column, hidden)
 
 
 @helper
-def _activate_row(sums, columns, column_block, weights, form, expert, column, hidden):
+def activate_row(sums, columns, column_block, weights, form, expert, column, hidden):
     """Bias, activation and gating of one row of a piece of work, whose sums are gate and up.
 
     Column i of gate and up lies in the sums at i and column_block + i, in the bias at i and

@@ -33,10 +33,10 @@ def most_rows(rows):
 
 
 @inline
-def columns_per_piece(rows, width, threads, held, unit):
-    """Columns of a piece of work over `width` columns, a multiple of `unit`: at most `held`, but enough pieces."""
-    fair = rows.n_blocks * width // (PIECES * threads)
-    return max(1, min(held, MOST_COLUMNS, fair) // unit) * unit
+def columns_per_piece(rows, width, pieces, most, unit):
+    """Columns of a piece of work over `width` columns, a multiple of `unit`: at most `most`, but enough pieces."""
+    fair = rows.n_blocks * width // pieces
+    return max(1, min(most, fair) // unit) * unit
 
 
 @inline

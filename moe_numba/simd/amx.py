@@ -2,13 +2,16 @@
 
 A tile register holds 16 rows of 64 bytes. Here
 
-- registers 0 to 3 are sums: [i, j] = 16 weight rows of strip i times 16 tokens of group j, register 2 i + j;
-- registers 4 and 5 hold weights, 16 rows of DEPTH values, as checkpoints store them: nothing is repacked;
-- registers 6 and 7 hold tokens, DEPTH values of 16 tokens, in pairs: row p has values 2 p and 2 p + 1 of every
-  token (`pack_pairs` brings them into this order).
+- registers 0 to 3 are sums: [i, j] = 16 rows of the first operand's part i times 16 columns of the second one's
+  part j, register 2 i + j;
+- registers 4 and 5 hold the first operand, 16 rows of DEPTH values;
+- registers 6 and 7 hold the second one, DEPTH values of 16 columns, in pairs: row p has values 2 p and 2 p + 1 of every
+  column.
 
-So a product is weights times tokens, and a sum's row belongs to a weight row, its column to a token. The unit
-adds up even and odd values of a step apart, then both to the sum, for every column alike, whatever the other
+Weights as checkpoints store them, [out, in], are a first operand as they are, and tokens the second one (`pack_pairs`).
+Weights stored [in, out] are the second operand (`interleave_rows`), and tokens the first one.
+
+The unit adds up even and odd values of a step apart, then both to the sum, for every column alike, whatever the other
 columns hold (Intel 64 and IA-32 Architectures Software Developer's Manual, TDPBF16PS). Denormals count as 0.
 """
 
@@ -47,19 +50,19 @@ SUMS = TILE * TILE
 
 _BYTES = BYTE.as_pointer()
 _ROW_BYTES = 64
-_WEIGHTS, _TOKENS = 4, 6  # first registers of
+_FIRST, _SECOND = 4, 6  # first registers of the operands
 
 
 def _configurations():
-    """(TILE + 1, TILE + 1, 64) uint8: what `configure_tiles` loads for the weight rows of either strip."""
+    """(TILE + 1, TILE + 1, 64) uint8: what `configure_tiles` loads for the rows of the first operand's parts."""
     table = np.zeros((TILE + 1, TILE + 1, 64), np.uint8)
     table[:, :, 0] = 1  # the only palette there is
     table[:, :, 16:32].view(np.uint16)[...] = _ROW_BYTES
     rows = table[:, :, 48:56]
     rows[...] = TILE
-    for strip in (0, 1):
-        for register in (2 * strip, 2 * strip + 1, _WEIGHTS + strip):
-            rows[:, :, register] = np.expand_dims(np.arange(TILE + 1), 1 - strip)
+    for part in (0, 1):
+        for register in (2 * part, 2 * part + 1, _FIRST + part):
+            rows[:, :, register] = np.expand_dims(np.arange(TILE + 1), 1 - part)
     return table
 
 
@@ -97,68 +100,72 @@ def release_tiles(typing):
     return types.void(), generate
 
 
-def _sums_at(builder, out, groups_at):
-    """(register, place) of every sum: strip i of group j lies at out[groups_at[j] + i * SUMS]."""
-    for j, at in enumerate(groups_at):
-        for i in (0, 1):
-            yield BYTE(2 * i + j), _place(builder, out, builder.add(at, INT64(i * SUMS)))
+def _sums_at(builder, out, apart, out_at):
+    """(register, place) of every sum: of parts i and j it lies at out[out_at[j] + i * apart]."""
+    for j, at in enumerate(out_at):
+        for i, start in enumerate((at, builder.add(at, apart))):
+            yield BYTE(2 * i + j), _place(builder, out, start)
 
 
 @intrinsic
-def begin_sums(typing, first, out, groups_at):
-    """Set the sums of 2 strips and of every group in `groups_at` to 0 if `first`, else to what is in `out`."""
+def begin_sums(typing, first, out, apart, stride, out_at):
+    """Set all sums to 0 if `first`, else to what is in `out`.
+
+    Those of the first operand's part i and the second one's part j lie at out[out_at[j] + i * apart], their rows
+    `stride` values apart.
+    """
 
     def generate(context, builder, signature, args):
-        first, out, groups = args
-        places = list(_sums_at(builder, out, unpack(builder, groups, groups_at.count)))
+        first, out, apart, stride, at = args
+        places = list(_sums_at(builder, out, apart, unpack(builder, at, out_at.count)))
         with builder.if_else(first) as (zero, resume):
             with zero:
                 for register, _ in places:
                     _call(builder, "tilezero", register)
             with resume:
                 for register, place in places:
-                    _call(builder, "tileloadd64", register, place, INT64(_ROW_BYTES))
+                    _call(builder, "tileloadd64", register, place, builder.mul(stride, INT64(4)))
         return context.get_dummy_value()
 
-    return types.void(types.boolean, Floats, groups_at), generate
+    return types.void(types.boolean, Floats, types.int64, types.int64, out_at), generate
 
 
 @intrinsic
-def store_sums(typing, out, groups_at):
-    """Write the sums to `out`, one register after the other: (strip, weight row, token) for each group."""
+def store_sums(typing, out, apart, stride, out_at):
+    """Write the sums to where `begin_sums` reads them."""
 
     def generate(context, builder, signature, args):
-        out, groups = args
-        for register, place in _sums_at(builder, out, unpack(builder, groups, groups_at.count)):
-            _call(builder, "tilestored64", register, place, INT64(_ROW_BYTES))
+        out, apart, stride, at = args
+        for register, place in _sums_at(builder, out, apart, unpack(builder, at, out_at.count)):
+            _call(builder, "tilestored64", register, place, builder.mul(stride, INT64(4)))
         return context.get_dummy_value()
 
-    return types.void(Floats, groups_at), generate
+    return types.void(Floats, types.int64, types.int64, out_at), generate
 
 
 @intrinsic
-def multiply_step(typing, w, second, w_stride, tokens, groups_at):
+def multiply_step(typing, rows, apart, stride, pairs, pairs_stride, pairs_at):
     """Add the products of one step to the sums.
 
-    The rows of strip 0 begin at w[0], w[w_stride], ..., those of strip 1 `second` values further on; group j's packed
-    tile at tokens[groups_at[j]].
+    rows     the first operand: rows of part 0 begin at rows[0], rows[stride], ..., those of part 1 `apart` values on
+    pairs    the second one: rows of part j begin at pairs[pairs_at[j]], pairs[pairs_at[j] + pairs_stride], ...
     """
 
     def generate(context, builder, signature, args):
-        w, second, stride, tokens, groups = args
-        stride = builder.mul(stride, INT64(2))  # bytes
-        for j, at in enumerate(unpack(builder, groups, groups_at.count)):
-            _call(builder, "tileloadd64", BYTE(_TOKENS + j), _place(builder, tokens, at), INT64(_ROW_BYTES))
-        for i, at in enumerate((INT64(0), second)):
-            _call(builder, "tileloadd64", BYTE(_WEIGHTS + i), _place(builder, w, at), stride)
-            for j in range(groups_at.count):
-                _call(builder, "tdpbf16ps", BYTE(2 * i + j), BYTE(_WEIGHTS + i), BYTE(_TOKENS + j))
+        rows, apart, stride, pairs, pairs_stride, at = args
+        stride, pairs_stride = (builder.mul(n, INT64(2)) for n in (stride, pairs_stride))  # bytes
+        for j, start in enumerate(unpack(builder, at, pairs_at.count)):
+            _call(builder, "tileloadd64", BYTE(_SECOND + j), _place(builder, pairs, start), pairs_stride)
+        for i, start in enumerate((INT64(0), apart)):
+            _call(builder, "tileloadd64", BYTE(_FIRST + i), _place(builder, rows, start), stride)
+            for j in range(pairs_at.count):
+                _call(builder, "tdpbf16ps", BYTE(2 * i + j), BYTE(_FIRST + i), BYTE(_SECOND + j))
         return context.get_dummy_value()
 
-    return types.void(Bfloats, types.int64, types.int64, Bfloats, groups_at), generate
+    return types.void(Bfloats, *[types.int64] * 2, Bfloats, types.int64, pairs_at), generate
 
 
-# ---- the order in which the unit wants tokens, and in which it leaves sums ----
+# ---- the order in which the unit wants its second operand, and in which it leaves sums ----
 
 
 def _pairs(builder, first, second):

@@ -147,6 +147,14 @@ def odd_lanes(a, b):
     return np.append(a, b)[1::2]
 
 
+def first_in_turn(a, b):
+    return np.stack([a, b], axis=1).reshape(-1)[:LANES]
+
+
+def last_in_turn(a, b):
+    return np.stack([a, b], axis=1).reshape(-1)[LANES:]
+
+
 # ---- across the lanes ----
 
 

@@ -143,6 +143,16 @@ def offset(typing, memory, at):
 
 
 @intrinsic
+def shorts(typing, memory):
+    """The same memory as 16-bit values."""
+
+    def generate(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.IntType(16).as_pointer())
+
+    return Bfloats(Floats), generate
+
+
+@intrinsic
 def element(typing, memory, at):
     """The one value memory[at]."""
     if not isinstance(memory, types.CPointer):
@@ -307,6 +317,16 @@ def _every_second(start):
 
 even_lanes = _lanewise("even_lanes", 2, _every_second(0), "lanes 0, 2, 4, ... of a, then of b")
 odd_lanes = _lanewise("odd_lanes", 2, _every_second(1), "lanes 1, 3, 5, ... of a, then of b")
+
+
+def _in_turn(start):
+    """IR of the lanes of two vectors in turn, from lane `start` on."""
+    order = ir.Constant(INT_VECTOR, [i for lane in range(start, start + LANES // 2) for i in (lane, LANES + lane)])
+    return lambda builder, a, b: builder.shuffle_vector(a, b, order)
+
+
+first_in_turn = _lanewise("first_in_turn", 2, _in_turn(0), "the first halves of a and b, a lane of each in turn")
+last_in_turn = _lanewise("last_in_turn", 2, _in_turn(LANES // 2), "the last halves of a and b, a lane of each in turn")
 
 
 def _operator(symbol, function):
