@@ -46,10 +46,11 @@ from .plan import MOST_COLUMNS, PIECES, Rows, columns_per_piece, most_rows, piec
 
 #: Rows that share one pass over the weights: with 512, Mixtral reads them once for 2,048 tokens.
 ROW_BLOCK = 512
-#: Values of tokens per pass over the weights: 1 MiB of a second-level cache of 2 MiB, while the weights stream past.
-#: Only what does not fit takes K in several passes: rows in pieces come from memory at half the speed
-#: (olmoe, T = 512: the first projection took 95 ms on one thread instead of 54).
-PASS_VALUES = 2**19
+#: Values of tokens per pass over the weights: 1.25 MiB of a second-level cache of 2 MiB (320 tokens of H = 2048), while
+#: the weights stream past. Only what does not fit takes K in several passes, of equal length: rows in pieces come from
+#: memory at half the speed (olmoe, T = 512: the first projection took 95 ms on one thread instead of 54; T = 2048,
+#: about 256 tokens per expert: 70 ms with 1 MiB, 64 with this).
+PASS_VALUES = 5 * 2**17
 #: Runs of weight rows that are fetched side by side, of either half. One sequence of lines was read at 76 % of the
 #: memory's rate, 4 at 81 %, 16 (rows of their own) at 75 % (Xeon, olmoe, T = 16).
 STREAMS = 4
@@ -197,7 +198,10 @@ def _multiply(w, strips, columns, length, then, tokens, tokens_stride, groups, o
     tokens   packed; a group begins every tokens_stride values
     """
     pairs = (columns + strips.columns - 1) // strips.columns
-    depth = max(1, PASS_VALUES // (groups * TILE * DEPTH)) * DEPTH
+    steps = (length + DEPTH - 1) // DEPTH
+    most = max(1, PASS_VALUES // (groups * TILE * DEPTH))
+    passes = (steps + most - 1) // most
+    depth = (steps + passes - 1) // passes * DEPTH
     for k in range(0, length, depth):
         size = min(depth, length - k)
         for p in range(pairs):
