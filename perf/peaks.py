@@ -127,7 +127,7 @@ def _tiles_worker(a, w, length, out, counters, pieces, steps):
         for _ in range(steps * step // length):
             for k in range(0, length, step):
                 tile = dot_step(tile, a, rows_at, w, columns_at, k)
-        store_sums(tile, columns_at, True, out, (0, LANES, 2 * LANES, 3 * LANES), TILE_COLUMNS)
+        store_sums(tile, columns_at, True, out, (0, LANES, 2 * LANES, 3 * LANES), 1, TILE_COLUMNS)
 
 
 @_parallel

@@ -1,5 +1,6 @@
 """The operations in plain NumPy: the same bits as the compiled ones, and an error outside of an array."""
 
+import itertools
 from functools import lru_cache
 from pathlib import Path
 from types import FunctionType
@@ -193,7 +194,7 @@ def test_memory(rng):
     assert_both_alike(_memory, x, np.zeros(1, np.uint16), out, floats, np.zeros(out.shape, np.uint16))
 
 
-def _dot_products(a, w, out, length, columns):
+def _dot_products(a, w, out, length, columns, apart):
     columns_at = clamped_offsets(length, columns - 1)
     rows_at = (length, 0)
     tile = zero_tile(rows_at, columns_at)
@@ -203,10 +204,10 @@ def _dot_products(a, w, out, length, columns):
         tile = dot_step(tile, x, rows_at, v, columns_at, k)
     if whole < length:
         tile = dot_step_partial(tile, x, rows_at, v, columns_at, whole, length - whole)
-    store_sums(tile, columns_at, out[0] == 0.0, pointer(out, 0), (1, 1 + columns), columns)
+    store_sums(tile, columns_at, out[0] == 0.0, pointer(out, 0), (1, 1 + apart * columns), apart, columns)
 
 
-def _outer_products(a, w, out, length, columns):
+def _outer_products(a, w, out, length, columns, _):
     rows_at, out_at = (length + 1, 0), (1, 1 + columns)
     x, v = pointer(a, 0), pointer(w, 0)
     tile = load_outer(out[0] == 0.0, pointer(out, 0), out_at, columns)
@@ -236,9 +237,9 @@ def test_tiles(rng, products, activations, weights, length):
     for columns in widths:
         a = _operand(values[0].ravel()[: 2 * length + 2].astype(np.float32), activations)
         w = _operand(values[1].ravel()[: columns * length].astype(np.float32), weights)
-        for first in (0.0, 1.0):
-            out = np.concatenate([[first], values[0].ravel()[: 2 * columns]]).astype(np.float32)
-            assert_both_alike(products, a, w, out, np.int64(length), np.int64(columns))
+        for first, apart in itertools.product((0.0, 1.0), (1, 3)):
+            out = np.concatenate([[first], values[0].ravel()[: 2 * apart * columns]]).astype(np.float32)
+            assert_both_alike(products, a, w, out, np.int64(length), np.int64(columns), np.int64(apart))
 
 
 _LAYER = """

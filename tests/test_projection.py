@@ -5,7 +5,7 @@ import pytest
 from helpers import assert_same_bits, compiled, guarded_copy, random_array
 from numpy.testing import assert_array_equal
 
-from moe_numba.kernels.projection import BLOCK_STEPS, CONSECUTIVE, ROW_BLOCK, project
+from moe_numba.kernels.projection import BLOCK_STEPS, CONSECUTIVE, ROW_BLOCK, STREAM_ROWS, project
 from moe_numba.simd.target import LANES
 from moe_numba.simd.vector import pointer
 
@@ -52,9 +52,9 @@ def test_project(rng, rows, columns, length):
 
 @pytest.mark.parametrize("length", [LANES + 3, K_BLOCK + 5])
 def test_a_row_does_not_depend_on_the_rows_beside_it(rng, length):
-    a, w = random_array(rng, 23, length), random_array(rng, 9, length)
-    together = _run(a, np.arange(23), w)
-    for r in range(23):
+    a, w = random_array(rng, STREAM_ROWS + 5, length), random_array(rng, 9, length)
+    together = _run(a, np.arange(len(a)), w)
+    for r in range(len(a)):
         assert_same_bits(_run(a, np.array([r]), w)[0], together[r])
 
 

@@ -197,7 +197,7 @@ def test_round_even_and_powers_of_two():
 
 
 @compiled
-def _dot_products(a, rows_at, w, w_stride, length, first, out, out_at, columns):
+def _dot_products(a, rows_at, w, w_stride, length, first, out, out_at, apart, columns):
     columns_at = clamped_offsets(w_stride, columns - 1)
     rows, weights = pointer(a, 0), pointer(w, 0)
     tile = zero_tile(rows_at, columns_at)
@@ -205,24 +205,26 @@ def _dot_products(a, rows_at, w, w_stride, length, first, out, out_at, columns):
     for k in range(0, whole, LANES):
         tile = dot_step(tile, rows, rows_at, weights, columns_at, k)
     tile = dot_step_partial(tile, rows, rows_at, weights, columns_at, whole, length - whole)
-    store_sums(tile, columns_at, first, pointer(out, 0), out_at, columns)
+    store_sums(tile, columns_at, first, pointer(out, 0), out_at, apart, columns)
 
 
 @pytest.mark.parametrize("rows", [1, 2, TILE_ROWS])
 @pytest.mark.parametrize("columns", range(1, TILE_COLUMNS + 1))
-def test_tile_of_dot_products(rng, rows, columns):
+@pytest.mark.parametrize("apart", [1, 3])
+def test_tile_of_dot_products(rng, rows, columns, apart):
     for length in (1, LANES - 1, LANES, LANES + 1, 3 * LANES + 2):
         # Small integers: every order of additions gives the same, exact sum.
         a = guarded_copy(rng.integers(-9, 10, (rows + 1, length)).astype(np.float32))
         w = guarded_copy(rng.integers(-9, 10, (columns, length)).astype(np.float32))
         order = np.arange(rows, 0, -1)  # rows of `a` in another order, without its first
-        stride = columns + 2
+        stride = columns * apart + 2
         out = np.full((rows, stride), 99, np.float32)
+        expected = out.copy()
         for first, times in ((True, 1), (False, 2)):  # stored, then added to what is there
             places = tuple(1 + i * stride for i in range(rows))
-            _dot_products(a, tuple((order * length).tolist()), w, length, length, first, out, places, columns)
-            assert_array_equal(out[:, 1 : columns + 1], times * (a[order] @ w.T))
-        assert_array_equal(out[:, [0, -1]], np.full((rows, 2), 99))
+            _dot_products(a, tuple((order * length).tolist()), w, length, length, first, out, places, apart, columns)
+            expected[:, 1 : 1 + columns * apart : apart] = times * (a[order] @ w.T)
+            assert_array_equal(out, expected)
 
 
 # ---- the shared counter ----

@@ -7,7 +7,7 @@ Llama 4 store them. Every activation multiplies a row of neighbouring columns.
 
 import numpy as np
 
-from .._jit import helper
+from .._jit import helper, inline
 from ..simd.outer import (
     OUTER_COLUMNS,
     load_outer,
@@ -40,12 +40,24 @@ BLOCK_STEPS = 64
 #: more) while the weight rows stream past. Many rows take K in several passes (Mixtral, 128 rows:
 #: 22 % faster), few rows take it in one, because whole weight rows stream faster than pieces (10 %).
 PASS_LINES = 12288
+#: Streams of weights that few rows read side by side (`_project_streams`).
+STREAMS = 1 if ONE_STREAM else TILE_COLUMNS
+#: Rows that are few in this sense (Xeon, olmoe, float32, T = 64, 128, 256, or 8, 16, 32 rows per expert: 23, 18 and 8 %
+#: faster than tiles of adjacent weight rows).
+STREAM_ROWS = TILE_ROWS if ONE_STREAM else 32
 #: Cache lines from which a weight row is worth a stream of its own. Shorter ones lie in small layers,
 #: where the time is that of calling tiles (H = 64, F = 128, one token: 1.5 us of a forward of 23).
 STREAM_LINES = 24
-#: Activations that a stream of weights leaves in the first-level cache, in cache lines: with more, each
+#: Activations that a single stream of weights leaves in the first-level cache, in cache lines: with more, each
 #: weight row fetches them from the second level again (K = 4096, 4 rows: 19 GB/s instead of 42).
 STREAM_ACTIVATIONS = 128
+#: Cache lines from which a block of a weight row is worth asking for the next one: a layer of shorter rows lies in the
+#: cache (H = 64, F = 128, one token: 1.2 us of a forward of 15).
+FETCH_LINES = 16
+#: Cache lines by which a second request for weights is ahead of the first. Processors of Intel read ahead of a stream
+#: whose lines are asked for twice within the same page of 4 KiB (Xeon, one core, six streams: 17 GB/s if each line is
+#: asked for a page before it is needed, 18.4 if it has been 8 lines earlier, too; 12 and 16 lines are slower).
+REPEAT_LINES = 8
 #: Rows of transposed weights that meet all columns of a piece of work before the next: each lies in a page
 #: of its own, and a first-level cache of translations holds 64 and more.
 OUTER_BLOCK = 32
@@ -54,7 +66,7 @@ CONSECUTIVE = np.arange(ROW_BLOCK)
 
 
 @helper
-def _tile(a, rows_at, w, columns_at, length, fetch, fetch_end, fetch_stride, first, out, out_at, n):
+def _tile(a, rows_at, w, columns_at, length, fetch, fetch_end, fetch_stride, first, out, out_at, apart, n):
     """One tile over one block of K: out = its dot products if `first`, else out += them.
 
     Meanwhile asks for the `length` values at w[fetch], w[fetch + fetch_stride], ... up to w[fetch_end].
@@ -66,25 +78,26 @@ def _tile(a, rows_at, w, columns_at, length, fetch, fetch_end, fetch_stride, fir
         tile = dot_step(tile, a, rows_at, w, columns_at, k)
         for at in range(fetch + k, fetch_end + k, fetch_stride):
             prefetch(w, at)
+            if not ONE_STREAM:
+                prefetch(w, at + REPEAT_LINES * line_size(w))
     if whole < length:
         tile = dot_step_partial(tile, a, rows_at, w, columns_at, whole, length - whole)
-    store_sums(tile, columns_at, first, out, out_at, n)
+    store_sums(tile, columns_at, first, out, out_at, apart, n)
 
 
 @helper
-def _strip(a, a_stride, row_ids, rows, w, columns_at, n, size, ahead, ahead_stride, first, out, out_stride):
+def _strip(a, a_stride, row_ids, rows, w, columns_at, n, size, ahead, ahead_stride, first, out, out_stride, apart):
     """All rows against n weight rows over one block of K, while fetching as many weights `ahead` of these.
 
-    Tiles have four rows, the last one or two as many; of three, the last is computed again. One row is not computed
-    as two, because more instructions would wait for each load, and loads run ahead in memory less far (Xeon, olmoe,
-    float32, T = 1: 90 % of the memory's rate instead of 88 %).
+    Tiles have four rows, the last one or two as many; of three, the last is computed again. Outputs of neighbouring
+    columns of the tile are `apart` values apart.
 
-    Each tile asks for its share of the next weights (olmoe, T = 64: 18 % faster in float32, 32 % in bfloat16).
-    Loads that run ahead need no such help, on Intel: 90 % without, 88 to 90 % with. Nor does a single column on
-    AMD: it is one long stream, which the processor fetches ahead by itself, and a quarter slower when asked for.
+    Each tile asks for its share of the next weights (olmoe, T = 64: 18 % faster in float32, 32 % in bfloat16), but for
+    a single column, which is one long stream on AMD: the processor fetches it ahead by itself, and a quarter slower
+    when asked for.
     """
     tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
-    fetched = len(columns_at) if len(columns_at) > 1 and (rows > 1 or ONE_STREAM) else 0
+    fetched = len(columns_at) if len(columns_at) > 1 and size >= FETCH_LINES * line_size(w) else 0
     fetch_end = ahead
     for t in range(tiles):
         fetch = fetch_end
@@ -95,15 +108,45 @@ def _strip(a, a_stride, row_ids, rows, w, columns_at, n, size, ahead, ahead_stri
         a1 = element(row_ids, r1) * a_stride
         if rows - r0 == 1:
             out_at1 = (r0 * out_stride,)
-            _tile(a, (a0,), w, columns_at, size, fetch, fetch_end, ahead_stride, first, out, out_at1, n)
+            _tile(a, (a0,), w, columns_at, size, fetch, fetch_end, ahead_stride, first, out, out_at1, apart, n)
         elif rows - r0 == 2:
             out_at = (r0 * out_stride, r1 * out_stride)
-            _tile(a, (a0, a1), w, columns_at, size, fetch, fetch_end, ahead_stride, first, out, out_at, n)
+            _tile(a, (a0, a1), w, columns_at, size, fetch, fetch_end, ahead_stride, first, out, out_at, apart, n)
         else:
             r2, r3 = r0 + 2, min(r0 + 3, rows - 1)
             rows_at4 = (a0, a1, element(row_ids, r2) * a_stride, element(row_ids, r3) * a_stride)
             out_at4 = (r0 * out_stride, r1 * out_stride, r2 * out_stride, r3 * out_stride)
-            _tile(a, rows_at4, w, columns_at, size, fetch, fetch_end, ahead_stride, first, out, out_at4, n)
+            _tile(a, rows_at4, w, columns_at, size, fetch, fetch_end, ahead_stride, first, out, out_at4, apart, n)
+
+
+@inline
+def _stream_offsets(stride, last):
+    """Where a tile's weight rows begin, one from each stream."""
+    if ONE_STREAM:
+        return (np.int64(0),)
+    return clamped_offsets(stride, last)
+
+
+@helper
+def _project_streams(a, a_stride, row_ids, rows, w, columns, length, block, then, out, out_stride):
+    """`project` of few rows, for which the time is that of reading the weights.
+
+    A tile's weight rows are as far apart as possible. So each is a stream that goes on with the row behind it, and the
+    processor reads ahead of it from row to row (Xeon, olmoe, float32, T = 1, 4, 16: 7 to 12 % faster than tiles of
+    adjacent rows). On processors that read one stream fastest, there is one (EPYC, T = 1: 95 % of the memory's rate).
+    """
+    apart = (columns + STREAMS - 1) // STREAMS
+    for j in range(apart):
+        n = min(STREAMS, (columns - j + apart - 1) // apart)
+        for k in range(0, length, block):
+            size = min(block, length - k)
+            at = j * length + k
+            end = j + 1 == apart and k + size == length
+            ahead = then - at if end else size
+            stride = apart * length
+            columns_at = _stream_offsets(stride, n - 1)
+            x, v, y = offset(a, k), offset(w, at), offset(out, j)
+            _strip(x, a_stride, row_ids, rows, v, columns_at, n, size, ahead, stride, k == 0, y, out_stride, apart)
 
 
 @helper
@@ -111,9 +154,7 @@ def project(a, a_stride, row_ids, rows, w, columns, length, then, out, out_strid
     """out[r, j] = a[row_ids[r]] . w[j] for r < rows (at most ROW_BLOCK) and j < columns.
 
     Rows meet TILE_COLUMNS weight rows at a time, a block of K after the other, while the next weight rows are
-    fetched. On processors that read one stream fastest, few and short rows meet one weight row at a time, the
-    whole length of it, if it is long. (olmoe, float32, T = 1: 95 % of the memory's rate one by one on an EPYC, and
-    68 % on a Xeon, where six at a time read at 88 %.)
+    fetched. Which ones these are, adjacent or far apart, depends on the number of rows; a row's values do not.
 
     All but the integers are pointers:
 
@@ -126,18 +167,15 @@ def project(a, a_stride, row_ids, rows, w, columns, length, then, out, out_strid
     """
     block = BLOCK_STEPS * step_size(a, w)
     span = max(1, PASS_LINES * line_size(a) // (rows * block)) * block
-    streamed = (
-        ONE_STREAM
-        and rows <= TILE_ROWS
-        and length >= STREAM_LINES * line_size(w)
-        and rows * length <= STREAM_ACTIVATIONS * line_size(a)
-    )
-    width = 1 if streamed else TILE_COLUMNS
+    few = rows <= STREAM_ROWS and length >= STREAM_LINES * line_size(w) and span >= length
+    if few and (not ONE_STREAM or rows * length <= STREAM_ACTIVATIONS * line_size(a)):
+        _project_streams(a, a_stride, row_ids, rows, w, columns, length, block, then, out, out_stride)
+        return
     for start in range(0, length, span):
         end = min(start + span, length)
-        for j in range(0, columns, width):
-            if j + width < columns:
-                ahead = (j + width) * length + start
+        for j in range(0, columns, TILE_COLUMNS):
+            if j + TILE_COLUMNS < columns:
+                ahead = (j + TILE_COLUMNS) * length + start
             elif end < length:
                 ahead = end
             else:
@@ -150,16 +188,12 @@ def project(a, a_stride, row_ids, rows, w, columns, length, then, out, out_strid
                 if span < length:
                     fetch, fetch_stride = ahead + k - start, length
                 else:
-                    fetch, fetch_stride = ahead + width * k, size
+                    fetch, fetch_stride = ahead + TILE_COLUMNS * k, size
                 fetch -= at
+                n = min(TILE_COLUMNS, columns - j)
+                adjacent = clamped_offsets(length, n - 1)
                 x, v, y = offset(a, k), offset(w, at), offset(out, j)
-                n = min(width, columns - j)
-                first = k == 0
-                if streamed:
-                    _strip(x, a_stride, row_ids, rows, v, (0,), n, size, fetch, fetch_stride, first, y, out_stride)
-                else:
-                    wide = clamped_offsets(length, n - 1)
-                    _strip(x, a_stride, row_ids, rows, v, wide, n, size, fetch, fetch_stride, first, y, out_stride)
+                _strip(x, a_stride, row_ids, rows, v, adjacent, n, size, fetch, fetch_stride, k == 0, y, out_stride, 1)
 
 
 @helper

@@ -207,13 +207,14 @@ def dot_step_partial(tile, a, rows_at, w, columns_at, k, n):
     return tile
 
 
-def store_sums(tile, columns_at, first, out, out_at, n):
+def store_sums(tile, columns_at, first, out, out_at, apart, n):
     rows, columns, _ = tile.shape
     sums = _fold(_fold(tile.reshape(rows, columns, LANES // 4, 4), np.add), np.add)[:, :n]
     # All are read before any is written: a row that is computed twice is added once.
-    before = [out.read(at, n) for at in out_at]
-    for at, old, new in zip(out_at, before, sums, strict=True):
-        out.write(at, (np.zeros_like(old) if first else old) + new)
+    before = [[out.read(at + j * apart, 1)[0] for j in range(n)] for at in out_at]
+    for at, old, new in zip(out_at, np.array(before), sums, strict=True):
+        for j, value in enumerate((np.zeros_like(old) if first else old) + new):
+            out.write(at + j * apart, value[None])
 
 
 # ---- tiles of outer products ----

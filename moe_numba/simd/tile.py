@@ -27,7 +27,6 @@ from .vector import (
     first_lanes,
     fma_ir,
     masked_load,
-    masked_store,
     unaligned_load,
     unaligned_store,
     unpack,
@@ -48,6 +47,12 @@ def zero_tile(typing, rows_at, columns_at):
     return tile(rows_at, columns_at), generate
 
 
+def clamped(builder, stride, last, count):
+    """min(j, last) * stride for j < count."""
+    indices = [builder.select(builder.icmp_signed("<", INT64(j), last), INT64(j), last) for j in range(count)]
+    return [builder.mul(index, stride) for index in indices]
+
+
 @intrinsic
 def clamped_offsets(typing, stride, last):
     """Offsets j * stride for j = 0 .. TILE_COLUMNS - 1, with j held at `last`.
@@ -57,13 +62,7 @@ def clamped_offsets(typing, stride, last):
     offsets = types.UniTuple(types.int64, TILE_COLUMNS)
 
     def generate(context, builder, signature, args):
-        stride, last = args
-        values = []
-        for j in range(TILE_COLUMNS):
-            inside = builder.icmp_signed("<", INT64(j), last)
-            row = builder.select(inside, INT64(j), last)
-            values.append(builder.mul(row, stride))
-        return context.make_tuple(builder, offsets, values)
+        return context.make_tuple(builder, offsets, clamped(builder, *args, TILE_COLUMNS))
 
     return offsets(types.int64, types.int64), generate
 
@@ -280,48 +279,50 @@ def _chunks(rows, columns):
 
 
 @intrinsic
-def store_sums(typing, tile, columns_at, first, out, out_at, n):
-    """out[out_at[i] + j] = the finished dot product (i, j), for j < n; added to it unless `first`.
+def store_sums(typing, tile, columns_at, first, out, out_at, apart, n):
+    """out[out_at[i] + j * apart] = the finished dot product (i, j), for j < n; added to it unless `first`.
 
-    Rows may share a place if they are equal.
+    Rows may share a place if they are equal; so do columns from n on, which are equal to the last one before.
     """
     rows, columns = out_at.count, columns_at.count
 
     def generate(context, builder, signature, args):
-        tile_value, _, first, out, out_at, n = args
+        tile_value, _, first, out, out_at, apart, n = args
         vectors = unpack(builder, tile_value, tile.count)
         row_at = unpack(builder, out_at, rows)
-        parts = []  # (place, first column, sums) of each row of each chunk
+        parts = []  # (row, first column, sums) of each row of each chunk
         for column, width in _chunks(rows, columns):
             chunk = [vectors[i * columns + column + j] for i in range(rows) for j in range(width)]
             sums = _lane_sums(builder, chunk)
-            for i, at in enumerate(row_at):
+            for i in range(rows):
                 lanes = ir.Constant(ir.VectorType(INT32, width), list(range(i * width, (i + 1) * width)))
-                place = builder.gep(out, [builder.add(at, INT64(column))])
-                parts.append((place, column, builder.shuffle_vector(sums, sums, lanes)))
+                parts.append((i, column, builder.shuffle_vector(sums, sums, lanes)))
 
-        def write(load, store):
-            # All are read before any is written: a row that is computed twice is added once. What
-            # lies there before the first block is read too, and thrown away: cheaper than a branch.
-            before = [load(place, column, value.type) for place, column, value in parts]
-            for (place, column, value), old in zip(parts, before, strict=True):
-                old = builder.select(first, _zeros(value.type), old)
-                store(builder.fadd(old, value), place, column)
+        def write(parts):
+            # All are read before any is written: what is computed twice is added once. What lies there
+            # before the first block is read too, and thrown away: cheaper than a branch.
+            places = [builder.gep(out, [at]) for at, _ in parts]
+            before = [
+                unaligned_load(builder, place, value.type) for place, (_, value) in zip(places, parts, strict=True)
+            ]
+            for place, (_, value), old in zip(places, parts, before, strict=True):
+                old = builder.select(first, ir.Constant(value.type, None), old)
+                unaligned_store(builder, builder.fadd(old, value), place)
 
-        def mask(column, kind):
-            return first_lanes(builder, builder.sub(n, INT64(column)), kind.count)
-
-        with builder.if_else(builder.icmp_signed("==", n, INT64(columns))) as (whole, edge):
-            with whole:
+        whole = builder.icmp_signed("==", n, INT64(columns))
+        adjacent = builder.icmp_signed("==", apart, INT64(1))
+        with builder.if_else(builder.and_(whole, adjacent)) as (together, one_by_one):
+            with together:
+                write([(builder.add(row_at[i], INT64(column)), sums) for i, column, sums in parts])
+            with one_by_one:
+                column_at = clamped(builder, apart, builder.sub(n, INT64(1)), columns)
                 write(
-                    lambda place, column, kind: unaligned_load(builder, place, kind),
-                    lambda value, place, column: unaligned_store(builder, value, place),
-                )
-            with edge:
-                write(
-                    lambda place, column, kind: masked_load(builder, place, mask(column, kind), _zeros(kind)),
-                    lambda value, place, column: masked_store(builder, value, place, mask(column, value.type)),
+                    [
+                        (builder.add(row_at[i], column_at[column + j]), builder.extract_element(sums, INT32(j)))
+                        for i, column, sums in parts
+                        for j in range(sums.type.count)
+                    ]
                 )
         return context.get_dummy_value()
 
-    return types.void(tile, columns_at, types.boolean, Floats, out_at, types.int64), generate
+    return types.void(tile, columns_at, types.boolean, Floats, out_at, types.int64, types.int64), generate
