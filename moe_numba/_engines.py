@@ -10,7 +10,7 @@ import numpy as np
 from ._aligned import CACHE_LINE
 from ._jit import Kernel
 from .kernels import amx, amx_transposed, experts, projection
-from .simd.amx import DEPTH, PACKED_TILE, TILE
+from .simd.amx import DEPTH, PACKED_TILE, SUMS, TILE
 from .simd.target import has_amx
 from .simd.tile import operand_dtype
 
@@ -72,13 +72,15 @@ def _groups(s):
 
 
 def _amx_shapes(s):
-    columns = _output_columns(s, amx.OUTPUT_COLUMNS, amx.OUTPUT_BLOCK)
+    least, most = amx.OUTPUT_COLUMNS
+    held = amx.OUTPUT_VALUES // max(1, s.tokens) // amx.OUTPUT_BLOCK * amx.OUTPUT_BLOCK
+    columns = _output_columns(s, min(most, max(least, held)), amx.OUTPUT_BLOCK)
     packed = (PACKED_TILE * -(-width // DEPTH) for width in (s.input_dim, s.hidden_dim))
     return [
         *((_groups(s), length, np.uint16) for length in packed),
         (s.threads, max(1, s.tokens) * columns, np.float32),
         (s.threads, amx.SCRATCH_SIZE, np.float32),
-        (s.threads, TILE * columns, np.float32),
+        (s.threads, TILE * columns + SUMS, np.float32),
         (s.threads, 2 * TILE * DEPTH, np.uint16),
     ]
 

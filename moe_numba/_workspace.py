@@ -47,7 +47,7 @@ def _tokens_in(limit, engine, top_k, *layer):
     def size(tokens):
         return sum(map(_bytes, engine.shapes(Sizes(tokens, tokens * top_k, *layer))))
 
-    many = 16 * layer[0]  # every expert has rows, whatever more come
+    many = max(512, 16 * layer[0])  # pieces of work are of one size, every expert has rows, whatever more come
     per_token = (size(2 * many) - size(many)) // many
     fixed = size(many) - many * per_token
     return (limit - fixed) // per_token

@@ -19,6 +19,7 @@ import numpy as np
 import moe_numba
 from moe_numba._aligned import aligned_empty
 from moe_numba._jit import helper
+from moe_numba.kernels.projection import REPEAT_LINES, SKEW_LINES
 from moe_numba.simd.amx import (
     CONFIGURATIONS,
     DEPTH,
@@ -33,7 +34,17 @@ from moe_numba.simd.amx import (
 from moe_numba.simd.amx import store_sums as store_tile_sums
 from moe_numba.simd.atomic import take_next
 from moe_numba.simd.target import LANES, has_amx, has_bf16_dot
-from moe_numba.simd.tile import TILE_COLUMNS, TILE_ROWS, clamped_offsets, dot_step, step_size, store_sums, zero_tile
+from moe_numba.simd.tile import (
+    TILE_COLUMNS,
+    TILE_ROWS,
+    clamped_offsets,
+    dot_step,
+    line_size,
+    prefetch,
+    step_size,
+    store_sums,
+    zero_tile,
+)
 from moe_numba.simd.vector import fma, load, offset, pointer, store
 
 #: Pieces of work of one measurement of the processor, some 20 ms on two cores.
@@ -156,10 +167,10 @@ def _matrix_unit_worker(a, w, out, counters, pieces, steps):
     configure_tiles(pointer(CONFIGURATIONS, CONFIGURATIONS.size - 64))  # all rows of every tile
     groups_at = (0, PACKED_TILE)
     while take_next(counters, 0) < pieces:
-        begin_sums(True, out, SUMS, TILE, (0, 2 * SUMS))
+        begin_sums(True, out, (0, SUMS), TILE, (0, 2 * SUMS))
         for _ in range(steps):
-            multiply_step(w, TILE * DEPTH, DEPTH, a, DEPTH, groups_at)
-        store_tile_sums(out, SUMS, TILE, (0, 2 * SUMS))
+            multiply_step(w, (0, TILE * DEPTH), DEPTH, a, DEPTH, groups_at)
+        store_tile_sums(out, (0, SUMS), TILE, (0, 2 * SUMS))
     release_tiles()
 
 
@@ -203,8 +214,11 @@ def multiply_add_rate(dtype, pieces=PIECES, steps=STEPS):
 
 
 @helper
-def _sum(memory, count, step, gap, out):
-    """Sums of memory[i + j * gap :][: LANES] over i = 0, step, ... < count, for STREAMS j."""
+def _sum(memory, count, step, gap, ask, out):
+    """Sums of memory[i + j * gap :][: LANES] over i = 0, step, ... < count, for STREAMS j.
+
+    ask: for what comes next, as `project` does of few rows.
+    """
     s0 = load(memory, 0, LANES)
     s1 = s0
     s2 = s0
@@ -222,27 +236,32 @@ def _sum(memory, count, step, gap, out):
         s5 = s5 + load(memory, i + 5 * gap, LANES)
         s6 = s6 + load(memory, i + 6 * gap, LANES)
         s7 = s7 + load(memory, i + 7 * gap, LANES)
+        if ask:
+            for j in range(STREAMS):
+                at = i + j * gap + (REPEAT_LINES + j * SKEW_LINES) * line_size(memory)
+                prefetch(memory, at)
+                prefetch(memory, at + REPEAT_LINES * line_size(memory))
     store(s0 + s1 + s2 + s3 + s4 + s5 + s6 + s7, out, 0, LANES)
 
 
 @helper
-def _sum_worker(buffer, out, counters, pieces, apart):
+def _sum_worker(buffer, out, counters, pieces, apart, ask):
     while True:
         piece = take_next(counters, 0)
         if piece >= pieces:
             break
         memory = offset(buffer, piece * STREAMS * STREAM_GAP)
         if apart:
-            _sum(memory, STREAM_GAP, LANES, STREAM_GAP, out)
+            _sum(memory, STREAM_GAP, LANES, STREAM_GAP, ask, out)
         else:
-            _sum(memory, STREAMS * STREAM_GAP, STREAMS * LANES, LANES, out)
+            _sum(memory, STREAMS * STREAM_GAP, STREAMS * LANES, LANES, ask, out)
 
 
 @_parallel
-def _sum_on_all(counters, buffer, out, pieces, apart):
+def _sum_on_all(counters, buffer, out, pieces, apart, ask):
     for thread in numba.prange(out.shape[0]):
         mine = pointer(out, np.int64(thread) * out.shape[1])
-        _sum_worker(pointer(buffer, 0), mine, pointer(counters, 0), pieces, apart)
+        _sum_worker(pointer(buffer, 0), mine, pointer(counters, 0), pieces, apart, ask)
 
 
 @lru_cache(maxsize=1)
@@ -253,15 +272,19 @@ def make_buffer(size=BUFFER_BYTES):
     return buffer
 
 
-def reading_rate(buffer):
-    """Bytes/s that all threads read from `buffer` (float32): the better of two ways.
+#: Ways to read: (streams far apart, asked for in advance).
+READING_WAYS = ((False, False), (True, False), (True, True))
 
-    Each thread's loads lie side by side, or in STREAMS streams far apart.
+
+def reading_rate(buffer):
+    """Bytes/s that all threads read from `buffer` (float32): the best of three ways.
+
+    Each thread's loads lie side by side, or in STREAMS streams far apart; these are also asked for in advance.
     """
     pieces = buffer.size // (STREAMS * STREAM_GAP)
     out = aligned_empty((moe_numba.get_num_threads(), LANES))
     size = pieces * STREAMS * STREAM_GAP * buffer.itemsize
-    return size / min(_seconds(_sum_on_all, buffer, out, pieces, apart) for apart in (False, True))
+    return size / min(_seconds(_sum_on_all, buffer, out, pieces, *way) for way in READING_WAYS)
 
 
 # ---- both ----

@@ -42,7 +42,10 @@ LEVEL = {room: len(FLOORS) - i for i, rooms in enumerate(FLOORS) for room in roo
 #: Within a package of several files.
 WITHIN = {
     "simd": ["target", "plain", "vector", "tile", "outer", "amx", "math", "atomic"],
-    "kernels": ["activations", "projection", "plan", "scoring", "routing", "experts", "amx", "amx_transposed"],
+    "kernels": [
+        *("activations", "projection", "amx_projection", "plan", "scoring", "routing"),
+        *("experts", "amx", "amx_transposed"),
+    ],
     "integrations": ["__init__", "transformers"],
     "formats": ["format", "float32", "bfloat16", "__init__"],
 }

@@ -130,3 +130,14 @@ def test_amx_blocks_of_one_expert(rng, monkeypatch, transposed):
     x, *routing = _routed(rng, one, 2 * AMX.row_block + 3, top_k=1)
     y = one.forward(x, *routing)
     assert_close(y, experts_reference(one, x.astype(BFLOAT16).astype(np.float64), *routing), 2**-8)
+
+
+@needs_amx
+def test_amx_of_few_tokens_with_many_rows(rng):
+    """A token may go to one expert several times: wide pieces of work, as few tokens have, with many rows."""
+    one = _experts(rng, "swiglu", 544, 64, num_experts=1)
+    x, indices, _, used = _routed(rng, one, 64, top_k=1)
+    routing = np.repeat(indices, 8, axis=1), random_array(rng, 64, 8), used * 8
+    set_num_threads(1)
+    y = one.forward(x, *routing)
+    assert_close(y, experts_reference(one, x.astype(BFLOAT16).astype(np.float64), *routing), 2**-8)

@@ -53,9 +53,9 @@ def test_all_of_a_buffer_is_read(perf_module):
     peaks = perf_module("peaks")
     piece = peaks.STREAMS * peaks.STREAM_GAP
     buffer = np.arange(3 * piece, dtype=np.float32) % 7
-    for apart in (False, True):
+    for way in peaks.READING_WAYS:
         out = np.zeros((1, peaks.LANES), np.float32)
-        peaks._sum_on_all(np.zeros(1, np.int64), buffer, out, 3, apart)
+        peaks._sum_on_all(np.zeros(1, np.int64), buffer, out, 3, *way)
         # The sum of the last piece, and its first vector again in each of the eight sums.
         first = buffer[2 * piece :][: peaks.LANES]
         expected = buffer[2 * piece :].sum(dtype=np.float64) + peaks.STREAMS * first.sum()

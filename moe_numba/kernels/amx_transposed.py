@@ -21,7 +21,8 @@ from ..simd.atomic import take_next
 from ..simd.target import LANES
 from ..simd.tile import prefetch
 from ..simd.vector import first_in_turn, last_in_turn, load, offset, pointer, shorts, splat, store, store_operand
-from .amx import SCRATCH_SIZE, configure, groups_of
+from .amx import SCRATCH_SIZE
+from .amx_projection import configure, groups_of
 from .experts import (
     Form,
     Weights,
@@ -111,9 +112,9 @@ def _tile(tokens, stride, w, w_stride, columns_at, length, fetch, first, out, ou
     out = the sums if `first`, else out += them; of 32 columns, the even ones come first. Asks for weights meanwhile.
     """
     at, line = fetch.at, fetch.line
-    begin_sums(first, out, TILE, out_stride, columns_at)
+    begin_sums(first, out, (0, TILE), out_stride, columns_at)
     for k in range(0, length, TILE):
-        multiply_step(offset(tokens, 2 * k + 1), -1, 2 * stride, offset(w, k * w_stride), w_stride, columns_at)
+        multiply_step(offset(tokens, 2 * k + 1), (0, -1), 2 * stride, offset(w, k * w_stride), w_stride, columns_at)
         for _ in range(fetch.lines):
             for stream in range(fetch.streams):
                 prefetch(w, at + stream * fetch.apart)
@@ -122,7 +123,7 @@ def _tile(tokens, stride, w, w_stride, columns_at, length, fetch, first, out, ou
             if line == fetch.row_lines:
                 at += fetch.gap
                 line = 0
-    store_sums(out, TILE, out_stride, columns_at)
+    store_sums(out, (0, TILE), out_stride, columns_at)
 
 
 @helper
@@ -219,10 +220,10 @@ def _down_projection(weights, rows, topk_weights, used, space, y, worker):
     sums = pointer(space.sums, worker * space.sums.shape[1])
 
     configure(TILE, TILE)
-    next_column, next_columns = take_columns(space, used, output_dim, OUTPUT_BLOCK)
+    next_column, next_columns = take_columns(space, output_dim, width, OUTPUT_BLOCK)
     while next_columns > 0:
         column, columns = next_column, next_columns
-        next_column, next_columns = take_columns(space, used, output_dim, OUTPUT_BLOCK)
+        next_column, next_columns = take_columns(space, output_dim, width, OUTPUT_BLOCK)
         start_sums(topk_weights, used, sums, width)
         for block in range(rows.n_blocks):
             expert, first, end = rows.blocks[block, 0], rows.blocks[block, 1], rows.blocks[block, 2]

@@ -231,10 +231,10 @@ def _down_projection(weights, transposed, rows, topk_weights, used, space, y, wo
     outputs = pointer(space.scratch, worker * space.scratch.shape[1])
     sums = pointer(space.sums, worker * space.sums.shape[1])
 
-    next_column, next_columns = take_columns(space, used, output_dim, unit)
+    next_column, next_columns = take_columns(space, output_dim, width, unit)
     while next_columns > 0:
         column, columns = next_column, next_columns
-        next_column, next_columns = take_columns(space, used, output_dim, unit)
+        next_column, next_columns = take_columns(space, output_dim, width, unit)
         start_sums(topk_weights, used, sums, width)
         for block in range(rows.n_blocks):
             expert, first, end = rows.blocks[block, 0], rows.blocks[block, 1], rows.blocks[block, 2]
@@ -265,10 +265,10 @@ def output_columns(space, used):
 
 
 @inline
-def take_columns(space, used, output_dim, unit):
+def take_columns(space, output_dim, most, unit):
     """First column and number of columns of the next piece of work of the second projection, as `output_piece`."""
     item = take_next(pointer(space.counters, 1), 0)
-    return output_piece(item, output_dim, space.scratch.shape[0], output_columns(space, used), unit)
+    return output_piece(item, output_dim, space.scratch.shape[0], most, unit)
 
 
 @inline

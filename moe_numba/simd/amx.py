@@ -100,24 +100,25 @@ def release_tiles(typing):
     return types.void(), generate
 
 
-def _sums_at(builder, out, apart, out_at):
-    """(register, place) of every sum: of parts i and j it lies at out[out_at[j] + i * apart]."""
-    for j, at in enumerate(out_at):
-        for i, start in enumerate((at, builder.add(at, apart))):
-            yield BYTE(2 * i + j), _place(builder, out, start)
+def _sums_at(builder, out, parts_at, out_at):
+    """(register, place) of every sum: of parts i and j it lies at out[parts_at[i] + out_at[j]]."""
+    for j, column in enumerate(out_at):
+        for i, row in enumerate(parts_at):
+            yield BYTE(2 * i + j), _place(builder, out, builder.add(row, column))
 
 
 @intrinsic
-def begin_sums(typing, first, out, apart, stride, out_at):
+def begin_sums(typing, first, out, parts_at, stride, out_at):
     """Set all sums to 0 if `first`, else to what is in `out`.
 
-    Those of the first operand's part i and the second one's part j lie at out[out_at[j] + i * apart], their rows
+    Those of the first operand's part i and the second one's part j lie at out[parts_at[i] + out_at[j]], their rows
     `stride` values apart.
     """
 
     def generate(context, builder, signature, args):
-        first, out, apart, stride, at = args
-        places = list(_sums_at(builder, out, apart, unpack(builder, at, out_at.count)))
+        first, out, parts, stride, at = args
+        parts, at = unpack(builder, parts, parts_at.count), unpack(builder, at, out_at.count)
+        places = list(_sums_at(builder, out, parts, at))
         with builder.if_else(first) as (zero, resume):
             with zero:
                 for register, _ in places:
@@ -127,42 +128,43 @@ def begin_sums(typing, first, out, apart, stride, out_at):
                     _call(builder, "tileloadd64", register, place, builder.mul(stride, INT64(4)))
         return context.get_dummy_value()
 
-    return types.void(types.boolean, Floats, types.int64, types.int64, out_at), generate
+    return types.void(types.boolean, Floats, parts_at, types.int64, out_at), generate
 
 
 @intrinsic
-def store_sums(typing, out, apart, stride, out_at):
+def store_sums(typing, out, parts_at, stride, out_at):
     """Write the sums to where `begin_sums` reads them."""
 
     def generate(context, builder, signature, args):
-        out, apart, stride, at = args
-        for register, place in _sums_at(builder, out, apart, unpack(builder, at, out_at.count)):
+        out, parts, stride, at = args
+        parts, at = unpack(builder, parts, parts_at.count), unpack(builder, at, out_at.count)
+        for register, place in _sums_at(builder, out, parts, at):
             _call(builder, "tilestored64", register, place, builder.mul(stride, INT64(4)))
         return context.get_dummy_value()
 
-    return types.void(Floats, types.int64, types.int64, out_at), generate
+    return types.void(Floats, parts_at, types.int64, out_at), generate
 
 
 @intrinsic
-def multiply_step(typing, rows, apart, stride, pairs, pairs_stride, pairs_at):
+def multiply_step(typing, rows, rows_at, stride, pairs, pairs_stride, pairs_at):
     """Add the products of one step to the sums.
 
-    rows     the first operand: rows of part 0 begin at rows[0], rows[stride], ..., those of part 1 `apart` values on
+    rows     the first operand: rows of part i begin at rows[rows_at[i]], rows[rows_at[i] + stride], ...
     pairs    the second one: rows of part j begin at pairs[pairs_at[j]], pairs[pairs_at[j] + pairs_stride], ...
     """
 
     def generate(context, builder, signature, args):
-        rows, apart, stride, pairs, pairs_stride, at = args
+        rows, parts, stride, pairs, pairs_stride, at = args
         stride, pairs_stride = (builder.mul(n, INT64(2)) for n in (stride, pairs_stride))  # bytes
         for j, start in enumerate(unpack(builder, at, pairs_at.count)):
             _call(builder, "tileloadd64", BYTE(_SECOND + j), _place(builder, pairs, start), pairs_stride)
-        for i, start in enumerate((INT64(0), apart)):
+        for i, start in enumerate(unpack(builder, parts, rows_at.count)):
             _call(builder, "tileloadd64", BYTE(_FIRST + i), _place(builder, rows, start), stride)
             for j in range(pairs_at.count):
                 _call(builder, "tdpbf16ps", BYTE(2 * i + j), BYTE(_FIRST + i), BYTE(_SECOND + j))
         return context.get_dummy_value()
 
-    return types.void(Bfloats, *[types.int64] * 2, Bfloats, types.int64, pairs_at), generate
+    return types.void(Bfloats, rows_at, types.int64, Bfloats, types.int64, pairs_at), generate
 
 
 # ---- the order in which the unit wants its second operand, and in which it leaves sums ----
