@@ -1,8 +1,8 @@
 """Matrix products on a matrix unit (simd/amx.py) with bfloat16 weights as they are stored, [out, in].
 
-The counterpart of projection.py. Weights are the first operand, 16 rows at a time as they lie in memory, tokens the
-second one, packed, in groups of 16. A product has weights on the left, so the sums of a group lie side by side, where
-`sums_of` says. The loop over K is in `_stream_tile` and `_pair_tile`.
+The counterpart of projection.py. Weights are the first operand, 8 or 16 rows at a time as they lie in memory, and
+tokens the second one, packed, in groups of 16. A product has weights on the left, so the sums of a group lie side by
+side, where `sums_of` says. The loop over K is in `_stream_tile` and `_pair_tile`.
 """
 
 from typing import NamedTuple
