@@ -11,7 +11,7 @@ from ._aligned import CACHE_LINE
 from ._jit import Kernel
 from .kernels import amx, amx_transposed, experts, projection
 from .simd.amx import DEPTH, PACKED_TILE, SUMS, TILE
-from .simd.target import has_amx
+from .simd.target import GROUP_ROWS, has_amx
 from .simd.tile import operand_dtype
 
 
@@ -54,21 +54,23 @@ def _output_columns(s, most, unit):
     return min(most, max(1, -(-share // unit)) * unit)
 
 
+def _groups(s, unit):
+    """Groups of `unit` rows at most: every expert's last one may hold one row."""
+    return min(s.rows, s.num_experts) + s.rows // unit
+
+
 def _vector_shapes(operand):
     def shapes(s):
         columns = _output_columns(s, experts.OUTPUT_COLUMNS, experts.TRANSPOSED_BLOCK)
+        line = CACHE_LINE // np.dtype(operand).itemsize
+        packed = (GROUP_ROWS * line * -(-width // line) for width in (s.input_dim, s.hidden_dim))
         return [
-            (s.tokens, _odd_lines(s.input_dim, operand), operand),
-            (s.rows, _odd_lines(s.hidden_dim, operand), operand),
+            *((_groups(s, GROUP_ROWS), length, operand) for length in packed),
             (s.threads, max(1, s.tokens) * columns, np.float32),
             (s.threads, experts.SCRATCH_SIZE, np.float32),
         ]
 
     return shapes
-
-
-def _groups(s):
-    return min(s.rows, s.num_experts) + s.rows // TILE  # every expert's last group may hold one row
 
 
 def _amx_shapes(s):
@@ -77,7 +79,7 @@ def _amx_shapes(s):
     columns = _output_columns(s, min(most, max(least, held)), amx.OUTPUT_BLOCK)
     packed = (PACKED_TILE * -(-width // DEPTH) for width in (s.input_dim, s.hidden_dim))
     return [
-        *((_groups(s), length, np.uint16) for length in packed),
+        *((_groups(s, TILE), length, np.uint16) for length in packed),
         (s.threads, max(1, s.tokens) * columns, np.float32),
         (s.threads, amx.SCRATCH_SIZE, np.float32),
         (s.threads, TILE * columns + SUMS, np.float32),
@@ -87,15 +89,16 @@ def _amx_shapes(s):
 
 def _amx_transposed_shapes(s):
     columns = _output_columns(s, amx_transposed.OUTPUT_COLUMNS, amx_transposed.OUTPUT_BLOCK)
+    rows = TILE * _groups(s, TILE)
     return [
-        *((TILE * _groups(s), _odd_lines(width + 1, np.float32), np.float32) for width in (s.input_dim, s.hidden_dim)),
+        *((rows, _odd_lines(width + 1, np.float32), np.float32) for width in (s.input_dim, s.hidden_dim)),
         (s.threads, max(1, s.tokens) * columns, np.float32),
         (s.threads, amx.SCRATCH_SIZE, np.float32),
     ]
 
 
 def _vectors(name, operand):
-    kernel, row_block, unit = experts.experts_forward, projection.ROW_BLOCK, projection.TILE_ROWS
+    kernel, row_block, unit = experts.experts_forward, projection.ROW_BLOCK, GROUP_ROWS
     return Engine(name, kernel, experts.Workspace, _vector_shapes(operand), row_block, unit)
 
 

@@ -11,6 +11,7 @@ from . import _check
 from ._init import router_weight
 from .config import RouterConfig
 from .kernels import routing, scoring
+from .simd.target import GROUP_ROWS
 from .threads import threads_for, twin
 
 _NO_NOISE = _check.read_only(np.empty((0, 0), np.float32))
@@ -202,11 +203,16 @@ class TopKRouter:
             weights,
             used,
             counts,
-            threads,
+            self._scratch(tokens, threads),
             np.empty(1, np.int64),
         )
         dropped = 0 if capacity < 0 else int(tokens - np.count_nonzero(used))
         return RoutingResult(indices, weights, probs, counts, dropped, used)
+
+    def _scratch(self, tokens, threads):
+        rows = min(routing.TOKEN_BLOCK, -(-tokens // GROUP_ROWS) * GROUP_ROWS)
+        whole_lines = -(-self.config.input_dim // 16) * 16
+        return np.empty((threads, rows, routing.EXPERT_BLOCK + whole_lines), np.float32)
 
     def _capacity(self, tokens):
         """Rows that an expert takes from T tokens; -1 for no limit."""

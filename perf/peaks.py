@@ -33,10 +33,11 @@ from moe_numba.simd.amx import (
 )
 from moe_numba.simd.amx import store_sums as store_tile_sums
 from moe_numba.simd.atomic import take_next
-from moe_numba.simd.target import LANES, has_amx, has_bf16_dot
+from moe_numba.simd.target import LANES, TILE_VECTORS, has_amx, has_bf16_dot
 from moe_numba.simd.tile import (
     TILE_COLUMNS,
     TILE_ROWS,
+    VECTORS,
     clamped_offsets,
     dot_step,
     line_size,
@@ -57,6 +58,8 @@ REGISTERS = 12
 #: 64-byte lines in each row of the tile's operands: together they stay in the first-level cache. Odd,
 #: so that the rows do not meet in the same few sets of it.
 TILE_LINES = 33
+#: The largest tile.
+LARGEST = VECTORS[TILE_VECTORS - 1]
 #: Loads under way in each thread.
 STREAMS = 8
 #: float32 values from one stream to the next: 256 KiB and a line, again for the sets of the caches.
@@ -130,22 +133,21 @@ def _registers(pieces, steps):
 @helper
 def _tiles_worker(a, w, length, out, counters, pieces, steps):
     """`steps` times one step of the largest tile along rows of `length` values, for every piece."""
-    rows_at = (0, length, 2 * length, 3 * length)
     columns_at = clamped_offsets(length, TILE_COLUMNS - 1)
-    step = step_size(a, w)
+    step = step_size(a)
     while take_next(counters, 0) < pieces:
-        tile = zero_tile(rows_at, columns_at)
+        tile = zero_tile(LARGEST, columns_at)
         for _ in range(steps * step // length):
             for k in range(0, length, step):
-                tile = dot_step(tile, a, rows_at, w, columns_at, k)
-        store_sums(tile, columns_at, True, out, (0, LANES, 2 * LANES, 3 * LANES), 1, TILE_COLUMNS)
+                tile = dot_step(tile, a, LARGEST, w, columns_at, k)
+        store_sums(tile, LARGEST, columns_at, True, out, LANES, 1, TILE_COLUMNS)
 
 
 @_parallel
 def _tiles_on_all(counters, a, w, out, pieces, steps):
     for thread in numba.prange(out.shape[0]):
         mine = pointer(out, np.int64(thread) * out.shape[1])
-        _tiles_worker(pointer(a, 0), pointer(w, 0), a.shape[1], mine, pointer(counters, 0), pieces, steps)
+        _tiles_worker(pointer(a, 0), pointer(w, 0), w.shape[1], mine, pointer(counters, 0), pieces, steps)
 
 
 def _tiles(dtype, pieces, steps):
@@ -157,7 +159,7 @@ def _tiles(dtype, pieces, steps):
     a, w = a.view(dtype), w.view(dtype)
     length = a.shape[1]
     seconds = _seconds(_tiles_on_all, a, w, out, pieces, steps)
-    step = LANES * 4 // a.itemsize
+    step = 16 // a.itemsize
     return pieces * (steps * step // length) * length * TILE_ROWS * TILE_COLUMNS / seconds
 
 

@@ -26,8 +26,8 @@ print(peak() - before)
 """
 
 
-def odd_lines(width):
-    return 16 * (-(-width // 16) | 1)
+def whole_lines(width):
+    return 16 * -(-width // 16)
 
 
 def measured(tokens, chunk):
@@ -45,7 +45,7 @@ def results(tokens):
 def test_one_chunk():
     tokens = 60_000
     columns = 192  # of a piece of work: 100 rounded up to a multiple of 96
-    workspace = 4 * tokens * (odd_lines(100) + 2 * odd_lines(200) + columns)
+    workspace = 4 * tokens * (2 * whole_lines(100) + 2 * whole_lines(200) + columns)
     expected = workspace + results(tokens) + 16 * 2 * tokens
     grown = measured(tokens, chunk=2**30)
     assert 0.9 * expected < grown < 1.1 * expected

@@ -5,37 +5,36 @@ import pytest
 from helpers import assert_same_bits, compiled, guarded_copy, random_array
 from numpy.testing import assert_array_equal
 
-from moe_numba.kernels.projection import BLOCK_STEPS, CONSECUTIVE, ROW_BLOCK, STREAM_ROWS, project
-from moe_numba.simd.target import LANES
+from moe_numba.kernels.projection import BLOCK_STEPS, ROW_BLOCK, STREAM_ROWS, pack, project, tile_of, tiles_of
+from moe_numba.simd.target import GROUP_ROWS, LANES, TILE_VECTORS
 from moe_numba.simd.vector import pointer
 
 pytestmark = pytest.mark.plain
 
 
 @compiled
-def _project(a, row_ids, w, out, columns):
-    project(
-        pointer(a, 0),
-        a.shape[1],
-        pointer(row_ids, 0),
-        row_ids.size,
-        pointer(w, 0),
-        columns,
-        w.shape[1],
-        0,
-        pointer(out, 0),
-        out.shape[1],
-    )
+def _project(a, row_ids, w, packed, out, columns):
+    rows, width = row_ids.size, a.shape[1]
+    x, v = pointer(packed, 0), pointer(w, 0)
+    pack(pointer(a, 0), width, pointer(row_ids, 0), rows, 0, width, x, packed.shape[1], v)
+    project(x, packed.shape[1], rows, v, columns, width, 0, pointer(out, 0), out.shape[1])
+
+
+def _whole_groups(rows):
+    return -(-rows // GROUP_ROWS) * GROUP_ROWS
 
 
 def _run(a, row_ids, w):
-    out = np.full((len(row_ids), len(w) + 1), 99, np.float32)
-    _project(a, row_ids, w, out, len(w))
+    rows = _whole_groups(len(row_ids))
+    packed = np.full((rows, -(-a.shape[1] // 16) * 16), np.nan, np.float32)
+    out = np.full((rows, len(w) + 1), 99, np.float32)
+    _project(a, row_ids, w, packed, out, len(w))
     assert_array_equal(out[:, -1], np.full(len(out), 99))
-    return out[:, :-1]
+    assert_array_equal(out[len(row_ids) :, :-1], np.repeat(out[len(row_ids) - 1, :-1][None], rows - len(row_ids), 0))
+    return out[: len(row_ids), :-1]
 
 
-K_BLOCK = BLOCK_STEPS * LANES
+K_BLOCK = 4 * BLOCK_STEPS
 LENGTHS = [1, LANES - 1, LANES, LANES + 1, 100, K_BLOCK - 1, K_BLOCK, K_BLOCK + 1, 2 * K_BLOCK + 17]
 
 
@@ -65,5 +64,19 @@ def test_a_column_does_not_depend_on_the_columns_beside_it(rng):
         assert_same_bits(_run(a, np.arange(3), w[j : j + 1])[:, 0], together[:, j])
 
 
-def test_consecutive_rows_are_one_block():
-    assert_array_equal(CONSECUTIVE, np.arange(ROW_BLOCK))
+@compiled
+def _tiles(rows, tiles):
+    """First row and number of vectors of every tile of a block."""
+    groups, count, fewest = tiles_of(rows)
+    for t in range(count):
+        tiles[t] = tile_of(groups, count, fewest, t)
+    return count
+
+
+@pytest.mark.parametrize("rows", [*range(1, 70), ROW_BLOCK])
+def test_tiles_of_a_block_are_alike_and_hold_every_row(rows):
+    tiles = np.zeros((ROW_BLOCK, 2), np.int64)
+    firsts, vectors = tiles[: _tiles(rows, tiles)].T
+    assert_array_equal(firsts, np.append(0, np.cumsum(vectors * GROUP_ROWS))[:-1])
+    assert sum(vectors * GROUP_ROWS) == _whole_groups(rows)
+    assert 1 <= min(vectors) <= max(vectors) <= min(vectors[-1] + 1, TILE_VECTORS)

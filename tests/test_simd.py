@@ -11,13 +11,14 @@ from numpy.testing import assert_array_equal
 from moe_numba.simd import target
 from moe_numba.simd.atomic import take_next
 from moe_numba.simd.math import exp, logistic, normal_cdf
-from moe_numba.simd.target import LANES
+from moe_numba.simd.target import GROUP_ROWS, LANES, TILE_VECTORS
 from moe_numba.simd.tile import (
     TILE_COLUMNS,
-    TILE_ROWS,
+    VECTORS,
     clamped_offsets,
     dot_step,
     dot_step_partial,
+    step_size,
     store_sums,
     zero_tile,
 )
@@ -197,33 +198,44 @@ def test_round_even_and_powers_of_two():
 
 
 @compiled
-def _dot_products(a, rows_at, w, w_stride, length, first, out, out_at, apart, columns):
+def _dot_products(a, vectors, w, w_stride, length, first, out, out_at, out_stride, apart, columns):
     columns_at = clamped_offsets(w_stride, columns - 1)
     rows, weights = pointer(a, 0), pointer(w, 0)
-    tile = zero_tile(rows_at, columns_at)
-    whole = length - length % LANES
-    for k in range(0, whole, LANES):
-        tile = dot_step(tile, rows, rows_at, weights, columns_at, k)
-    tile = dot_step_partial(tile, rows, rows_at, weights, columns_at, whole, length - whole)
-    store_sums(tile, columns_at, first, pointer(out, 0), out_at, apart, columns)
+    tile = zero_tile(vectors, columns_at)
+    step = step_size(rows)
+    whole = length - length % step
+    for k in range(0, whole, step):
+        tile = dot_step(tile, rows, vectors, weights, columns_at, k)
+    if whole < length:
+        tile = dot_step_partial(tile, rows, vectors, weights, columns_at, whole, length - whole)
+    store_sums(tile, vectors, columns_at, first, pointer(out, out_at), out_stride, apart, columns)
 
 
-@pytest.mark.parametrize("rows", [1, 2, TILE_ROWS])
+def _packed(a, step=4):
+    """As tile.py describes it."""
+    rows, length = a.shape
+    padded = np.zeros((rows, -(-length // step) * step), a.dtype)
+    padded[:, :length] = a
+    return np.ascontiguousarray(padded.reshape(rows, -1, step).swapaxes(0, 1))
+
+
+@pytest.mark.parametrize("vectors", range(1, TILE_VECTORS + 1))
 @pytest.mark.parametrize("columns", range(1, TILE_COLUMNS + 1))
 @pytest.mark.parametrize("apart", [1, 3])
-def test_tile_of_dot_products(rng, rows, columns, apart):
-    for length in (1, LANES - 1, LANES, LANES + 1, 3 * LANES + 2):
+def test_tile_of_dot_products(rng, vectors, columns, apart):
+    rows = vectors * GROUP_ROWS
+    for length in (1, 3, 4, 5, 3 * 16 + 2):
         # Small integers: every order of additions gives the same, exact sum.
-        a = guarded_copy(rng.integers(-9, 10, (rows + 1, length)).astype(np.float32))
+        a = rng.integers(-9, 10, (rows, length)).astype(np.float32)
         w = guarded_copy(rng.integers(-9, 10, (columns, length)).astype(np.float32))
-        order = np.arange(rows, 0, -1)  # rows of `a` in another order, without its first
         stride = columns * apart + 2
         out = np.full((rows, stride), 99, np.float32)
         expected = out.copy()
+        packed = guarded_copy(_packed(a))
         for first, times in ((True, 1), (False, 2)):  # stored, then added to what is there
-            places = tuple(1 + i * stride for i in range(rows))
-            _dot_products(a, tuple((order * length).tolist()), w, length, length, first, out, places, apart, columns)
-            expected[:, 1 : 1 + columns * apart : apart] = times * (a[order] @ w.T)
+            args = (w, length, length, first, out, 1, stride, apart, columns)
+            _dot_products(packed, VECTORS[vectors - 1], *args)
+            expected[:, 1 : 1 + columns * apart : apart] = times * (a @ w.T)
             assert_array_equal(out, expected)
 
 
@@ -252,7 +264,7 @@ def test_take_next_gives_every_number_once():
 def test_target_describes_one_register():
     assert target.register_bits() in (128, 256, 512)
     assert target.register_bits() == LANES * 32
-    assert TILE_COLUMNS <= LANES
+    assert GROUP_ROWS * 4 == LANES
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from moe_numba import _workspace
 from moe_numba._aligned import CACHE_LINE
 from moe_numba._engines import AMX, AMX_TRANSPOSED, VECTORS, VECTORS_BFLOAT16, Sizes
 from moe_numba._workspace import chunk_tokens
+from moe_numba.simd.target import GROUP_ROWS
 
 ENGINES = (VECTORS, VECTORS_BFLOAT16, AMX, AMX_TRANSPOSED)
 
@@ -21,14 +22,13 @@ def take_workspace(engine, sizes):
 every_engine = pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
 
 
-@pytest.mark.parametrize("engine", [VECTORS, VECTORS_BFLOAT16], ids=lambda engine: engine.name)
 @pytest.mark.parametrize("width", range(1, 130))
-def test_rows_are_an_odd_number_of_cache_lines(width, engine):
-    rows = take_workspace(engine, Sizes(2, 2, 1, width, 1, 1)).tokens
+def test_rows_that_are_not_packed_are_an_odd_number_of_cache_lines(width):
+    rows = take_workspace(AMX_TRANSPOSED, Sizes(2, 2, 1, width, 1, 1)).tokens
     lines, rest = divmod(rows.strides[0], CACHE_LINE)
     assert rest == 0
     assert lines % 2 == 1
-    assert width * rows.itemsize <= rows.strides[0] < width * rows.itemsize + 2 * CACHE_LINE
+    assert width * rows.itemsize < rows.strides[0] <= width * rows.itemsize + 2 * CACHE_LINE
 
 
 def _parts(space):
@@ -59,14 +59,21 @@ def _rounded(width, unit):
     "sizes",
     [(7, 14, 4, 33, 65, 1), (100, 800, 64, 160, 96, 2), (150, 300, 8, 2048, 96, 1), (2000, 16000, 64, 2048, 1024, 2)],
 )
-def test_matrix_unit_needs_what_the_documentation_says(sizes):
-    """docs/performance.md; all but the groups that round up."""
+def test_engines_need_what_the_documentation_says(sizes):
+    """docs/performance.md."""
     sizes = Sizes(*sizes)
     columns = sizes.input_dim // (2 * sizes.threads) if sizes.threads > 1 else sizes.input_dim
     groups = min(sizes.num_experts, sizes.rows) + sizes.rows // 16
 
     def bytes_of(engine):
         return sum(rows * length * np.dtype(dtype).itemsize for rows, length, dtype in engine.shapes(sizes))
+
+    row_groups = min(sizes.num_experts, sizes.rows) + sizes.rows // GROUP_ROWS
+    sums = min(384, _rounded(columns, 96))
+    for engine, item in ((VECTORS, 4), (VECTORS_BFLOAT16, 2)):
+        widths = sum(_rounded(width, CACHE_LINE // item) for width in (sizes.input_dim, sizes.hidden_dim))
+        expected = item * GROUP_ROWS * row_groups * widths + sizes.threads * 4 * (sizes.tokens * sums + 49152)
+        assert bytes_of(engine) == expected
 
     most = min(512, max(128, 65536 // sizes.tokens // 64 * 64))
     sums = min(most, _rounded(columns, 64))

@@ -101,7 +101,7 @@ def _encode(x, weights, rows, block, space):
         token = pointer(x, rows.row_token[r] * width)
         row = pointer(space.tokens, (group * TILE + r - first) * space.tokens.shape[1])
         for i in range(0, width, LANES):
-            store_operand(load(token, i, LANES), row, i, LANES, pointer(weights.up, 0))
+            store_operand(load(token, i, LANES), row, i, 1, LANES, pointer(weights.up, 0))
         store(splat(np.float32(0.0)), row, width, LANES)
 
 
@@ -203,7 +203,7 @@ def _up_projection(weights, form, rows, space, worker):
             sums = offset(scratch, r * sums_stride)
             for p in range(projections // run):
                 _in_order(offset(sums, p * column_block), columns * run)
-            activate_row(sums, columns, column_block, weights, form, expert, column, hidden)
+            activate_row(sums, columns, column_block, weights, form, expert, column, hidden, 1)
             if column + columns == hidden_dim:
                 store(splat(np.float32(0.0)), hidden, columns, LANES)
     release_tiles()

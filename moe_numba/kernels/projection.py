@@ -1,8 +1,8 @@
 """Matrix products with the weights as they are stored; the only file with a loop over the axis K that is summed.
 
-`project`: weights [out, in]. Both operands are contiguous along K, so a dot product reads two
-streams and nothing has to be repacked. `project_transposed`: weights [in, out], as gpt-oss and
-Llama 4 store them. Every activation multiplies a row of neighbouring columns.
+`project`: weights [out, in]. A weight row is contiguous along K and read as it lies. Only activations are copied, by
+`pack`, so that one vector holds the same values of several rows (simd/tile.py). `project_transposed`: weights
+[in, out], as gpt-oss and Llama 4 store them. Every activation multiplies a row of neighbouring columns.
 """
 
 import numpy as np
@@ -10,46 +10,51 @@ import numpy as np
 from .._jit import helper, inline
 from ..simd.outer import (
     OUTER_COLUMNS,
+    OUTER_ROWS,
     load_outer,
     outer_step,
     outer_step_partial,
     outer_step_size,
     store_outer,
 )
-from ..simd.target import ONE_STREAM
+from ..simd.target import GROUP_ROWS, LANES, READS_AHEAD, TILE_VECTORS
 from ..simd.tile import (
     TILE_COLUMNS,
     TILE_ROWS,
+    VECTORS,
     clamped_offsets,
     dot_step,
     dot_step_partial,
     line_size,
     prefetch,
+    prefetch_rows,
     step_size,
     store_sums,
     zero_tile,
 )
-from ..simd.vector import element, offset
+from ..simd.vector import element, load, offset, store_operand
 
 #: Activation rows that share one pass over the weights.
 ROW_BLOCK = 128
-#: Steps along K per tile. 6 weight and 4 activation rows of 64 steps are 40 KiB of a first-level
-#: cache of 48 KiB; the fewer blocks, the fewer sums over the lanes of a tile.
-BLOCK_STEPS = 64
+#: Steps along K whose sums are added up in one chain: 1,024 float32 values, or 2,048 bfloat16.
+BLOCK_STEPS = 256
 #: Activations per pass in cache lines: 768 KiB, which stay in the second-level cache (1 MiB and
 #: more) while the weight rows stream past. Many rows take K in several passes (Mixtral, 128 rows:
 #: 22 % faster), few rows take it in one, because whole weight rows stream faster than pieces (10 %).
 PASS_LINES = 12288
-#: Streams of weights that few rows read side by side (`_project_streams`).
-STREAMS = 1 if ONE_STREAM else TILE_COLUMNS
-#: Rows that are few in this sense (Xeon, olmoe, float32, T = 64, 128, 256, or 8, 16, 32 rows per expert: 23, 18 and 8 %
-#: faster than tiles of adjacent weight rows).
-STREAM_ROWS = TILE_ROWS if ONE_STREAM else 32
+#: Streams of weights that few rows read side by side (`_project_streams`). Processors that read ahead by themselves do
+#: so best with few; a single one would wait for its sums, whose chain takes 16 cycles a cache line.
+STREAMS = 3 if READS_AHEAD else TILE_COLUMNS
+#: Rows that are few in this sense: one tile, or where activations compete with streams for the first-level cache, one
+#: vector. (Xeon, one core, from memory, 8, 16, 32 rows, K = 2048: 17 and 11 % faster, then 2 % slower than tiles of
+#: adjacent weight rows; K = 1024: the same, 2 % and 9 % slower.)
+STREAM_ROWS = 4 if READS_AHEAD else TILE_ROWS
 #: Cache lines from which a weight row is worth a stream of its own. Shorter ones lie in small layers,
 #: where the time is that of calling tiles (H = 64, F = 128, one token: 1.5 us of a forward of 23).
 STREAM_LINES = 24
-#: Activations that a single stream of weights leaves in the first-level cache, in cache lines: with more, each
-#: weight row fetches them from the second level again (K = 4096, 4 rows: 19 GB/s instead of 42).
+#: Activations that streams of weights leave in the first-level cache where the processor reads ahead by itself, in
+#: cache lines: with more, each weight row fetches them from the second level again (EPYC, K = 4096, 4 rows: 19 GB/s
+#: instead of 42).
 STREAM_ACTIVATIONS = 128
 #: Cache lines from which a block of a weight row is worth asking for the next one: a layer of shorter rows lies in the
 #: cache (H = 64, F = 128, one token: 1.2 us of a forward of 15).
@@ -64,122 +69,150 @@ SKEW_LINES = 6
 #: Rows of transposed weights that meet all columns of a piece of work before the next: each lies in a page
 #: of its own, and a first-level cache of translations holds 64 and more.
 OUTER_BLOCK = 32
-#: `row_ids` for rows that already lie side by side.
-CONSECUTIVE = np.arange(ROW_BLOCK)
+
+
+@inline
+def tiles_of(rows):
+    """Groups, tiles, and groups of the smaller tiles of a block of rows; the first groups % tiles have one more."""
+    groups = (rows + GROUP_ROWS - 1) // GROUP_ROWS
+    tiles = (groups + TILE_VECTORS - 1) // TILE_VECTORS
+    return groups, tiles, groups // tiles
+
+
+@inline
+def tile_of(groups, tiles, fewest, t):
+    """First row of tile t of a block, and its number of vectors."""
+    larger = groups - tiles * fewest
+    return (t * fewest + min(t, larger)) * GROUP_ROWS, fewest + (1 if t < larger else 0)
 
 
 @helper
-def _tile(a, rows_at, w, columns_at, length, fetch, fetch_rows, fetch_stride, first, out, out_at, apart, n):
+def pack(x, width, row_ids, rows, start, end, packed, stride, w):
+    """Values start <= k < end of `rows` activation rows, as `project` reads them beside weights like those at `w`.
+
+    A group that is not full repeats the last row.
+
+    x        row i begins at x[i * width]
+    row_ids  (rows,) int64 row of `x` for each of the block's
+    start    a multiple of LANES
+    packed   row r begins at packed[r * stride], were it alone; a tile's rows lie mixed (simd/tile.py)
+    """
+    step = step_size(packed)
+    groups, tiles, fewest = tiles_of(rows)
+    for t in range(tiles):
+        first, vectors = tile_of(groups, tiles, fewest, t)
+        size = vectors * GROUP_ROWS
+        tile = offset(packed, first * stride)
+        for k in range(start, end, LANES):
+            n = min(LANES, width - k)
+            for r in range(size):
+                token = element(row_ids, min(first + r, rows - 1)) * width
+                store_operand(load(x, token + k, n), tile, k * size + r * step, size, n, w)
+
+
+@helper
+def _tile(a, vectors, w, columns_at, length, fetch, first, out, out_stride, apart, n):
     """One tile over one block of K: out = its dot products if `first`, else out += them.
 
-    Meanwhile asks for the `length` values at w[fetch], w[fetch + fetch_stride], ..., `fetch_rows` times.
+    fetch: (place, stride, rows, again). Meanwhile asks for the `length` values at w[place], w[place + stride], ..., as
+    many times as `rows`, and if `again` is not 0, at the same time for those at w[place + again], ...
     """
-    tile = zero_tile(rows_at, columns_at)
-    step = step_size(a, w)
-    whole = length - length % step
-    for k in range(0, whole, step):
-        tile = dot_step(tile, a, rows_at, w, columns_at, k)
-        at = fetch + k
-        for _ in range(fetch_rows):
-            prefetch(w, at)
-            if not ONE_STREAM:
-                prefetch(w, at + REPEAT_LINES * line_size(w))
-            at += fetch_stride
-    if whole < length:
-        tile = dot_step_partial(tile, a, rows_at, w, columns_at, whole, length - whole)
-    store_sums(tile, columns_at, first, out, out_at, apart, n)
+    place, stride, rows, again = fetch
+    tile = zero_tile(vectors, columns_at)
+    step, line = step_size(a), line_size(w)
+    whole = length - length % line
+    for k in range(0, whole, line):
+        prefetch_rows(w, place + k, stride, rows)
+        if again > 0:
+            prefetch_rows(w, place + again + k, stride, rows)
+        for m in range(k, k + line, step):
+            tile = dot_step(tile, a, vectors, w, columns_at, m)
+    for k in range(whole, length, step):
+        tile = dot_step_partial(tile, a, vectors, w, columns_at, k, length - k)
+    store_sums(tile, vectors, columns_at, first, out, out_stride, apart, n)
 
 
 @helper
-def _strip(a, a_stride, row_ids, rows, w, columns_at, n, size, ahead, ahead_stride, first, out, out_stride, apart):
-    """All rows against n weight rows over one block of K, while fetching as many weights `ahead` of these.
+def _strip(a, stride, parts, k, w, columns_at, n, size, fetch, first, out, out_stride, apart):
+    """All rows against n weight rows over one block of K.
 
-    Tiles have four rows, the last one or two as many; of three, the last is computed again. Outputs of neighbouring
-    columns of the tile are `apart` values apart.
-
-    Each tile asks for its share of the next weights (olmoe, T = 64: 18 % faster in float32, 32 % in bfloat16), but for
-    a single column, which is one long stream on AMD: the processor fetches it ahead by itself, and a quarter slower
-    when asked for.
+    parts  of the block of rows, as `tiles_of` gives them
+    fetch  (place, stride, rows, again) of the weights that are asked for meanwhile; each tile takes its share of
+           the rows (olmoe, T = 64: 18 % faster in float32, 32 % in bfloat16)
+    apart  from the output of one column of the tile to the next
     """
-    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
-    fetched = len(columns_at) if len(columns_at) > 1 and size >= FETCH_LINES * line_size(w) else 0
+    groups, tiles, fewest = parts
+    place, fetch_stride, fetched, again = fetch
+    if size < FETCH_LINES * line_size(w):
+        fetched = 0
     for t in range(tiles):
         share = t * fetched // tiles
-        fetch, fetch_rows = ahead + share * ahead_stride, (t + 1) * fetched // tiles - share
-        r0 = t * TILE_ROWS
-        r1 = min(r0 + 1, rows - 1)
-        a0 = element(row_ids, r0) * a_stride
-        a1 = element(row_ids, r1) * a_stride
-        if rows - r0 == 1:
-            out_at1 = (r0 * out_stride,)
-            _tile(a, (a0,), w, columns_at, size, fetch, fetch_rows, ahead_stride, first, out, out_at1, apart, n)
-        elif rows - r0 == 2:
-            out_at = (r0 * out_stride, r1 * out_stride)
-            _tile(a, (a0, a1), w, columns_at, size, fetch, fetch_rows, ahead_stride, first, out, out_at, apart, n)
+        ahead = (place + share * fetch_stride, fetch_stride, (t + 1) * fetched // tiles - share, again)
+        row, vectors = tile_of(groups, tiles, fewest, t)
+        x = offset(a, row * stride + k * vectors * GROUP_ROWS)
+        y = offset(out, row * out_stride)
+        if vectors == 1:
+            _tile(x, VECTORS[0], w, columns_at, size, ahead, first, y, out_stride, apart, n)
+        elif vectors == 2:
+            _tile(x, VECTORS[1], w, columns_at, size, ahead, first, y, out_stride, apart, n)
+        elif vectors == 3:
+            _tile(x, VECTORS[2], w, columns_at, size, ahead, first, y, out_stride, apart, n)
         else:
-            r2, r3 = r0 + 2, min(r0 + 3, rows - 1)
-            rows_at4 = (a0, a1, element(row_ids, r2) * a_stride, element(row_ids, r3) * a_stride)
-            out_at4 = (r0 * out_stride, r1 * out_stride, r2 * out_stride, r3 * out_stride)
-            _tile(a, rows_at4, w, columns_at, size, fetch, fetch_rows, ahead_stride, first, out, out_at4, apart, n)
+            _tile(x, VECTORS[3], w, columns_at, size, ahead, first, y, out_stride, apart, n)
 
 
 @inline
 def _stream_offsets(stride, last):
     """Where a tile's weight rows begin, one from each stream."""
-    if ONE_STREAM:
-        return (np.int64(0),)
+    if READS_AHEAD:
+        return (np.int64(0), min(1, last) * stride, min(2, last) * stride)
     return clamped_offsets(stride, last)
 
 
 @helper
-def _project_streams(a, a_stride, row_ids, rows, w, columns, length, block, then, out, out_stride):
+def _project_streams(a, stride, parts, w, columns, length, block, out, out_stride):
     """`project` of few rows, for which the time is that of reading the weights.
 
     A tile's weight rows are as far apart as possible. So each is a stream that goes on with the row behind it, and the
     processor reads ahead of it from row to row (Xeon, olmoe, float32, T = 1, 4, 16: 7 to 12 % faster than tiles of
-    adjacent rows). On processors that read one stream fastest, there is one (EPYC, T = 1: 95 % of the memory's rate).
-    A single tile of rows asks for what it needs soon; several share what all of them need next.
+    adjacent rows). Where it has to be asked, it is asked for what the tile needs soon (AMD: a quarter slower if asked).
     """
     apart = (columns + STREAMS - 1) // STREAMS
-    stride = apart * length
-    single = rows <= TILE_ROWS
-    soon, skew = REPEAT_LINES * line_size(w), SKEW_LINES * line_size(w)
+    w_stride = apart * length
+    line = line_size(w)
+    fetch = (REPEAT_LINES * line, w_stride + SKEW_LINES * line, 0 if READS_AHEAD else STREAMS, REPEAT_LINES * line)
     for j in range(apart):
         n = min(STREAMS, (columns - j + apart - 1) // apart)
+        columns_at = _stream_offsets(w_stride, n - 1)
         for k in range(0, length, block):
             size = min(block, length - k)
-            at = j * length + k
-            end = j + 1 == apart and k + size == length
-            ahead = soon if single else then - at if end else size
-            ahead_stride = stride + skew if single else stride
-            columns_at = _stream_offsets(stride, n - 1)
-            x, v, y = offset(a, k), offset(w, at), offset(out, j)
-            _strip(
-                x, a_stride, row_ids, rows, v, columns_at, n, size, ahead, ahead_stride, k == 0, y, out_stride, apart
-            )
+            v, y = offset(w, j * length + k), offset(out, j)
+            _strip(a, stride, parts, k, v, columns_at, n, size, fetch, k == 0, y, out_stride, apart)
 
 
 @helper
-def project(a, a_stride, row_ids, rows, w, columns, length, then, out, out_stride):
-    """out[r, j] = a[row_ids[r]] . w[j] for r < rows (at most ROW_BLOCK) and j < columns.
+def project(a, stride, rows, w, columns, length, then, out, out_stride):
+    """out[r, j] = row r of a . w[j] for r < rows (at most ROW_BLOCK) and j < columns.
 
     Rows meet TILE_COLUMNS weight rows at a time, a block of K after the other, while the next weight rows are
     fetched. Which ones these are, adjacent or far apart, depends on the number of rows; a row's values do not.
 
     All but the integers are pointers:
 
-    a           activations; row i begins at a[i * a_stride]
-    row_ids     (rows,) int64 row of `a` for each r
+    a           activations of the block, from `pack`
+    stride      values in a packed row
     w           weights; row j begins at w[j * length]
     length      values summed
     then        offset from `w` to the weights of the next call, which are fetched in advance
-    out         row r begins at out[r * out_stride]
+    out         row r begins at out[r * out_stride]; written up to the end of the last group of GROUP_ROWS rows
     """
-    block = BLOCK_STEPS * step_size(a, w)
-    span = max(1, PASS_LINES * line_size(a) // (rows * block)) * block
+    parts = tiles_of(rows)
+    block = BLOCK_STEPS * step_size(a)
+    size = parts[0] * GROUP_ROWS
+    span = max(1, PASS_LINES * line_size(a) // (size * block)) * block
     few = rows <= STREAM_ROWS and length >= STREAM_LINES * line_size(w) and span >= length
-    if few and (not ONE_STREAM or rows * length <= STREAM_ACTIVATIONS * line_size(a)):
-        _project_streams(a, a_stride, row_ids, rows, w, columns, length, block, then, out, out_stride)
+    if few and (not READS_AHEAD or size * length <= STREAM_ACTIVATIONS * line_size(a)):
+        _project_streams(a, stride, parts, w, columns, length, block, out, out_stride)
         return
     for start in range(0, length, span):
         end = min(start + span, length)
@@ -196,43 +229,43 @@ def project(a, a_stride, row_ids, rows, w, columns, length, then, out, out_strid
                 # Whole weight rows lie end to end and are fetched in that order, as long as they are:
                 # the processor recognises the stream and reads ahead of it.
                 if span < length:
-                    fetch, fetch_stride = ahead + k - start, length
+                    fetch = (ahead + k - start - at, length, TILE_COLUMNS, 0)
                 else:
-                    fetch, fetch_stride = ahead + TILE_COLUMNS * k, size
-                fetch -= at
+                    fetch = (ahead + TILE_COLUMNS * k - at, size, TILE_COLUMNS, 0)
                 n = min(TILE_COLUMNS, columns - j)
-                adjacent = clamped_offsets(length, n - 1)
-                x, v, y = offset(a, k), offset(w, at), offset(out, j)
-                _strip(x, a_stride, row_ids, rows, v, adjacent, n, size, fetch, fetch_stride, k == 0, y, out_stride, 1)
+                v, y = offset(w, at), offset(out, j)
+                _strip(a, stride, parts, k, v, clamped_offsets(length, n - 1), n, size, fetch, k == 0, y, out_stride, 1)
 
 
 @helper
-def _outer_tile(a, rows_at, w, w_stride, length, fetch, fetch_end, first, out, out_at, n):
-    """One tile over one block of K: out = its sums if `first`, else out += them.
+def _outer_tile(a, rows_at, rows, w, w_stride, length, fetch, fetch_end, first, out, out_at, n):
+    """One tile over one block of K: out = its sums if `first`, else out += them. `rows`: of the packed tile.
 
     Meanwhile asks for what lies from w[fetch] to w[fetch_end] in each of the `length` rows.
     """
     tile = load_outer(first, out, out_at, n)
-    step = outer_step_size(a, w)
+    step, run = outer_step_size(a, w), step_size(a)
     line = line_size(w)
     whole = length - length % step if n == OUTER_COLUMNS else 0
     for k in range(0, whole, step):
-        tile = outer_step(tile, a, rows_at, w, w_stride, k)
+        tile = outer_step(tile, a, rows_at, k // run * run * rows + k % run, w, w_stride, k)
         for m in range(k, k + step):
             for at in range(fetch + m * w_stride, fetch_end + m * w_stride, line):
                 prefetch(w, at)
     for k in range(whole, length, step):
-        tile = outer_step_partial(tile, a, rows_at, w, w_stride, k, n, length - k)
+        a_at = k // run * run * rows + k % run
+        tile = outer_step_partial(tile, a, rows_at, a_at, w, w_stride, k, n, length - k)
     store_outer(tile, out, out_at, n)
 
 
 @helper
-def project_transposed(a, a_stride, row_ids, rows, w, w_stride, columns, length, then, out, out_stride):
-    """out[r, j] = sum of a[row_ids[r], k] * w[k, j] over k, for r < rows and j < columns.
+def project_transposed(a, stride, rows, w, w_stride, columns, length, then, out, out_stride):
+    """out[r, j] = sum over k of value k of row r of a * w[k, j], for r < rows and j < columns.
 
     As `project`, but row k of the weights begins at w[k * w_stride], and its columns lie side by side.
     """
-    tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+    groups, tiles, fewest = tiles_of(rows)
+    steps = (groups * GROUP_ROWS + OUTER_ROWS - 1) // OUTER_ROWS
     for k in range(0, length, OUTER_BLOCK):
         size = min(OUTER_BLOCK, length - k)
         for j in range(0, columns, OUTER_COLUMNS):
@@ -244,17 +277,19 @@ def project_transposed(a, a_stride, row_ids, rows, w, w_stride, columns, length,
             else:
                 ahead = then
             n = min(OUTER_COLUMNS, columns - j)
-            x, v, y = offset(a, k), offset(w, at), offset(out, j)
+            v = offset(w, at)
+            share = 0
             for t in range(tiles):
-                r0 = t * TILE_ROWS
-                r1, r2, r3 = min(r0 + 1, rows - 1), min(r0 + 2, rows - 1), min(r0 + 3, rows - 1)
-                rows_at = (
-                    element(row_ids, r0) * a_stride,
-                    element(row_ids, r1) * a_stride,
-                    element(row_ids, r2) * a_stride,
-                    element(row_ids, r3) * a_stride,
-                )
-                out_at = (r0 * out_stride, r1 * out_stride, r2 * out_stride, r3 * out_stride)
-                fetch = ahead - at + t * OUTER_COLUMNS // tiles
-                fetch_end = ahead - at + (t + 1) * OUTER_COLUMNS // tiles
-                _outer_tile(x, rows_at, v, w_stride, size, fetch, fetch_end, k == 0, y, out_at, n)
+                row, vectors = tile_of(groups, tiles, fewest, t)
+                height = vectors * GROUP_ROWS
+                x = offset(a, row * stride + k * height)
+                y = offset(out, row * out_stride + j)
+                for r0 in range(0, height, OUTER_ROWS):
+                    r1, r2, r3 = min(r0 + 1, height - 1), min(r0 + 2, height - 1), min(r0 + 3, height - 1)
+                    run = step_size(a)
+                    rows_at = (r0 * run, r1 * run, r2 * run, r3 * run)
+                    out_at = (r0 * out_stride, r1 * out_stride, r2 * out_stride, r3 * out_stride)
+                    fetch = ahead - at + min(share, steps) * OUTER_COLUMNS // steps
+                    fetch_end = ahead - at + min(share + 1, steps) * OUTER_COLUMNS // steps
+                    share += 1
+                    _outer_tile(x, rows_at, height, v, w_stride, size, fetch, fetch_end, k == 0, y, out_at, n)

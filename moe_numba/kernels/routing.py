@@ -5,8 +5,9 @@ from numba import prange
 
 from .._jit import helper, inline, kernel
 from ..simd.atomic import take_next
-from ..simd.vector import pointer
-from .projection import CONSECUTIVE, ROW_BLOCK, project
+from ..simd.target import LANES
+from ..simd.vector import load, offset, pointer, store
+from .projection import ROW_BLOCK, pack, project
 from .scoring import SPARSEMIXER, normalise, score, softmax, sparsemixer, weigh
 
 #: Tokens per piece of work: enough for full tiles, few enough to share 64 tokens among threads.
@@ -14,6 +15,8 @@ TOKEN_BLOCK = 32
 #: Experts per piece of work; a multiple of the tile's columns.
 EXPERT_BLOCK = 24
 assert TOKEN_BLOCK <= ROW_BLOCK
+#: Rows of a block of tokens.
+_CONSECUTIVE = np.arange(TOKEN_BLOCK)
 
 
 @inline
@@ -95,7 +98,7 @@ def _fill_in_order(rules, scores, keys, capacity, pass_over, indices, weights, u
 
 
 @kernel
-def route(x, weight, noise, rules, capacity, pass_over, probs, keys, indices, weights, used, counts, threads, counters):
+def route(x, weight, noise, rules, capacity, pass_over, probs, keys, indices, weights, used, counts, scratch, counters):
     """Route tokens to experts.
 
     x           (T, H) float32 tokens
@@ -111,7 +114,8 @@ def route(x, weight, noise, rules, capacity, pass_over, probs, keys, indices, we
     weights     (T, K) float32 scores of the chosen, summing to 1 or as the rules say; 0 for unfilled slots
     used        (T,) int64 slots that found an expert
     counts      (E,) int64 rows per expert
-    threads     that share the work
+    scratch     (threads that share the work, rows, EXPERT_BLOCK + at least H) float32: of a block of tokens, in
+                whole groups of GROUP_ROWS, the logits, then the packed tokens
     counters    (at least 1,) int64 scratch
 
     Parallel over blocks of (tokens, experts), then of tokens. The capacity pass runs in token
@@ -124,8 +128,8 @@ def route(x, weight, noise, rules, capacity, pass_over, probs, keys, indices, we
     token_blocks = (tokens + TOKEN_BLOCK - 1) // TOKEN_BLOCK
 
     counters[0] = 0
-    for _ in prange(threads):
-        _logits(x, weight, probs, token_blocks * expert_blocks, expert_blocks, counters)
+    for worker in prange(scratch.shape[0]):
+        _logits(x, weight, probs, token_blocks * expert_blocks, expert_blocks, scratch, np.int64(worker), counters)
     for block in prange(token_blocks):
         first = np.int64(block) * TOKEN_BLOCK
         _select(first, min(first + TOKEN_BLOCK, tokens), noise, rules, probs, keys, indices, weights)
@@ -147,28 +151,30 @@ def route(x, weight, noise, rules, capacity, pass_over, probs, keys, indices, we
 
 
 @helper
-def _logits(x, weight, probs, items, expert_blocks, counters):
+def _logits(x, weight, probs, items, expert_blocks, scratch, worker, counters):
     """Write logits into probs, a block of (tokens, experts) at a time, until none is left."""
     tokens, width = x.shape
     experts = weight.shape[0]
+    stride = scratch.shape[2] - EXPERT_BLOCK
+    logits = pointer(scratch, worker * scratch.shape[1] * scratch.shape[2])
+    packed = offset(logits, scratch.shape[1] * EXPERT_BLOCK)
+    packed_token = -1
     while True:
         item = take_next(pointer(counters, 0), 0)
         if item >= items:
             break
         t = item // expert_blocks * TOKEN_BLOCK
         e = item % expert_blocks * EXPERT_BLOCK
-        project(
-            pointer(x, t * width),
-            width,
-            pointer(CONSECUTIVE, 0),
-            min(TOKEN_BLOCK, tokens - t),
-            pointer(weight, e * width),
-            min(EXPERT_BLOCK, experts - e),
-            width,
-            0,
-            pointer(probs, t * experts + e),
-            experts,
-        )
+        rows, columns = min(TOKEN_BLOCK, tokens - t), min(EXPERT_BLOCK, experts - e)
+        w = pointer(weight, e * width)
+        if t != packed_token:
+            pack(pointer(x, t * width), width, pointer(_CONSECUTIVE, 0), rows, 0, width, packed, stride, w)
+            packed_token = t
+        project(packed, stride, rows, w, columns, width, 0, logits, EXPERT_BLOCK)
+        for r in range(rows):
+            for i in range(0, columns, LANES):
+                n = min(LANES, columns - i)
+                store(load(logits, r * EXPERT_BLOCK + i, n), pointer(probs, (t + r) * experts + e), i, n)
 
 
 @helper

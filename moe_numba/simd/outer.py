@@ -1,15 +1,15 @@
 """Tiles of outer products: weights stored [in, out], whose columns lie side by side.
 
-A tile has TILE_ROWS activation rows and TILE_COLUMNS vectors of neighbouring columns. Every lane is
-the sum of one column in order of K, so nothing has to be added up across lanes.
+A tile has OUTER_ROWS activation rows, packed as in tile.py, and OUTER_VECTORS vectors of neighbouring columns. Every
+lane is the sum of one column in order of K, so nothing has to be added up across lanes.
 """
 
 from llvmlite import ir
 from numba.core import types
 
 from .plain import intrinsic
-from .target import LANES
-from .tile import TILE_COLUMNS, Bfloat16Products
+from .target import LANES, OUTER_VECTORS
+from .tile import Bfloat16Products
 from .vector import (
     INT32,
     INT64,
@@ -28,8 +28,10 @@ from .vector import (
     unpack,
 )
 
+#: Activation rows of a tile.
+OUTER_ROWS = 4
 #: Columns of a tile.
-OUTER_COLUMNS = TILE_COLUMNS * LANES
+OUTER_COLUMNS = OUTER_VECTORS * LANES
 
 
 def _place(builder, memory, at, i):
@@ -58,7 +60,7 @@ class _Float32Outer:
 
     @staticmethod
     def columns(builder, w, at, stride, n, both):
-        return [_load(builder, w, at, j * LANES, n, VECTOR, 4) for j in range(TILE_COLUMNS)]
+        return [_load(builder, w, at, j * LANES, n, VECTOR, 4) for j in range(OUTER_VECTORS)]
 
     @staticmethod
     def row(builder, a, at, both):
@@ -73,7 +75,7 @@ class _WidenedOuter(_Float32Outer):
     @staticmethod
     def columns(builder, w, at, stride, n, both):
         sixteen = ir.Constant(INT_VECTOR, [16] * LANES)
-        shorts = (_load(builder, w, at, j * LANES, n, SHORT_VECTOR, 2) for j in range(TILE_COLUMNS))
+        shorts = (_load(builder, w, at, j * LANES, n, SHORT_VECTOR, 2) for j in range(OUTER_VECTORS))
         return [builder.bitcast(builder.shl(builder.zext(s, INT_VECTOR), sixteen), VECTOR) for s in shorts]
 
 
@@ -130,13 +132,14 @@ def outer_step_size(typing, a, w):
 
 
 def _outer_step(context, builder, signature, args, n, both):
-    tile, a, rows_at, w, stride, k = args[:6]
-    tile_type, a_type, rows_type, w_type = signature.args[:4]
+    tile, a, rows_at, a_at, w, stride, k = args[:7]
+    a = builder.gep(a, [a_at])
+    tile_type, a_type, rows_type, _, w_type = signature.args[:5]
     outer = _OUTER[a_type, w_type]
     sums = unpack(builder, tile, tile_type.count)
     columns = outer.columns(builder, w, builder.mul(k, stride), stride, n, both)
     for i, row_at in enumerate(unpack(builder, rows_at, rows_type.count)):
-        row = outer.row(builder, a, builder.add(row_at, k), both)
+        row = outer.row(builder, a, row_at, both)
         for j, column in enumerate(columns):
             entry = i * len(columns) + j
             sums[entry] = outer.accumulate(builder, row, column, sums[entry])
@@ -144,34 +147,34 @@ def _outer_step(context, builder, signature, args, n, both):
 
 
 @intrinsic
-def outer_step(typing, tile, a, rows_at, w, stride, k):
-    """tile[i, j] += sum of a[rows_at[i] + m] * w[m * stride + j] over m = k .. k + outer_step_size(a, w) - 1"""
+def outer_step(typing, tile, a, rows_at, a_at, w, stride, k):
+    """tile[i, j] += sum of a[rows_at[i] + a_at + m] * w[(k + m) * stride + j] over m < outer_step_size(a, w)"""
 
     def generate(context, builder, signature, args):
         return _outer_step(context, builder, signature, args, None, None)
 
-    return tile(tile, a, rows_at, w, types.int64, types.int64), generate
+    return tile(tile, a, rows_at, types.int64, w, types.int64, types.int64), generate
 
 
 @intrinsic
-def outer_step_partial(typing, tile, a, rows_at, w, stride, k, n, length):
-    """`outer_step` for columns j < n and, if it takes two, m < k + length.
+def outer_step_partial(typing, tile, a, rows_at, a_at, w, stride, k, n, length):
+    """`outer_step` for columns j < n and, if it takes two, m < length.
 
     A row of activations may be read one value past its end, but that value is not used.
     """
 
     def generate(context, builder, signature, args):
-        both = builder.icmp_signed(">", args[7], INT64(1))
-        return _outer_step(context, builder, signature, args, args[6], both)
+        both = builder.icmp_signed(">", args[8], INT64(1))
+        return _outer_step(context, builder, signature, args, args[7], both)
 
-    return tile(tile, a, rows_at, w, *[types.int64] * 4), generate
+    return tile(tile, a, rows_at, types.int64, w, *[types.int64] * 4), generate
 
 
 @intrinsic
 def load_outer(typing, first, out, out_at, n):
     """The tile of out[out_at[i] + j] for j < n, with zeros beyond; all zeros if `first`."""
     rows = out_at.count
-    tile = types.UniTuple(Vec, rows * TILE_COLUMNS)
+    tile = types.UniTuple(Vec, rows * OUTER_VECTORS)
 
     def generate(context, builder, signature, args):
         first, out, out_at, n = args
@@ -179,7 +182,7 @@ def load_outer(typing, first, out, out_at, n):
         values = [
             _load(builder, out, at, j * LANES, n, VECTOR, 4)
             for at in unpack(builder, out_at, rows)
-            for j in range(TILE_COLUMNS)
+            for j in range(OUTER_VECTORS)
         ]
         return context.make_tuple(builder, tile, values)
 
@@ -195,7 +198,7 @@ def store_outer(typing, tile, out, out_at, n):
         tile_value, out, out_at, n = args
         vectors = iter(unpack(builder, tile_value, tile.count))
         for at in unpack(builder, out_at, rows):
-            for j in range(TILE_COLUMNS):
+            for j in range(OUTER_VECTORS):
                 place = _place(builder, out, at, j * LANES)
                 masked_store(builder, next(vectors), place, _left(builder, n, j * LANES, LANES))
         return context.get_dummy_value()

@@ -3,14 +3,15 @@
 Kernels are then plain Python: a debugger steps through them, coverage counts their lines, and a pointer
 knows its array, so that reading or writing outside of it is an IndexError. A function here and the
 intrinsic of the same name do the same, float32 to the last bit; the intrinsic's docstring says what.
-A vector is an array of LANES values, a tile an array (rows, columns) of vectors.
+A vector is an array of LANES values, a tile an array of vectors, of dot products (vectors of rows, columns), of
+outer products (rows, columns).
 """
 
 import ml_dtypes
 import numpy as np
 from numba import config, extending
 
-from .target import LANES, TILE_COLUMNS
+from .target import GROUP_ROWS, LANES, OUTER_VECTORS, TILE_COLUMNS
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -86,15 +87,22 @@ def store(value, memory, at, n):
     memory.write(at, value[: max(n, 0)])
 
 
-def store_operand(value, memory, at, n, w):
+def store_operand(value, memory, at, rows, n, w):
     if w.values.dtype == np.uint16:
         value = value.astype(_BFLOAT16)
         value = value.view(np.uint16) if memory.values.dtype == np.uint16 else value.astype(np.float32)
-    store(value, memory, at, n)
+    value = np.where(np.arange(LANES) < n, value, np.zeros_like(value))
+    run = step_size(memory)
+    for i in range(0, n, run):
+        memory.write(at + i * rows, value[i : i + run])
 
 
 def prefetch(memory, at):
     """Nothing: an address outside of the array is allowed here, and only here."""
+
+
+def prefetch_rows(memory, at, stride, rows):
+    """Nothing, as `prefetch`."""
 
 
 def take_next(counters, i):
@@ -176,45 +184,44 @@ def max_lanes(a):
 # ---- tiles of dot products ----
 
 
-def zero_tile(rows_at, columns_at):
-    return np.zeros((len(rows_at), len(columns_at), LANES), np.float32)
+def zero_tile(vectors, columns_at):
+    return np.zeros((len(vectors), len(columns_at), LANES), np.float32)
 
 
 def clamped_offsets(stride, last):
     return tuple(min(j, last) * stride for j in range(TILE_COLUMNS))
 
 
-def step_size(a, w):
-    return 2 * LANES if w.values.dtype == np.uint16 else LANES
+def step_size(a):
+    return 16 // a.values.itemsize
 
 
 def line_size(memory):
     return 64 // memory.values.itemsize
 
 
-def dot_step(tile, a, rows_at, w, columns_at, k):
-    return dot_step_partial(tile, a, rows_at, w, columns_at, k, step_size(a, w))
+def dot_step(tile, a, vectors, w, columns_at, k):
+    return dot_step_partial(tile, a, vectors, w, columns_at, k, step_size(a))
 
 
-def dot_step_partial(tile, a, rows_at, w, columns_at, k, n):
-    # Of bfloat16 weights, two neighbouring products meet in a lane.
-    step = step_size(a, w)
-    per_lane = step // LANES
-    rows = np.stack([a.floats(at + k, n, step) for at in rows_at])[:, None]
-    columns = np.stack([w.floats(at + k, n, step) for at in columns_at])
-    for i in range(per_lane):
-        tile = fma(rows[..., i::per_lane], columns[..., i::per_lane], tile)
-    return tile
+def dot_step_partial(tile, a, vectors, w, columns_at, k, n):
+    # Of bfloat16 activations, two neighbouring products meet in a lane.
+    step = step_size(a)
+    rows = len(vectors) * GROUP_ROWS
+    values = a.floats(k * rows, rows * step, rows * step).reshape(len(vectors), 1, GROUP_ROWS, step)
+    columns = np.stack([w.floats(at + k, n, step) for at in columns_at])[:, None]
+    sums = tile.reshape(*tile.shape[:2], GROUP_ROWS, 4)
+    for i in range(step // 4):
+        sums = fma(values[..., i :: step // 4], columns[..., i :: step // 4], sums)
+    return sums.reshape(tile.shape)
 
 
-def store_sums(tile, columns_at, first, out, out_at, apart, n):
-    rows, columns, _ = tile.shape
-    sums = _fold(_fold(tile.reshape(rows, columns, LANES // 4, 4), np.add), np.add)[:, :n]
-    # All are read before any is written: a row that is computed twice is added once.
-    before = [[out.read(at + j * apart, 1)[0] for j in range(n)] for at in out_at]
-    for at, old, new in zip(out_at, np.array(before), sums, strict=True):
-        for j, value in enumerate((np.zeros_like(old) if first else old) + new):
-            out.write(at + j * apart, value[None])
+def store_sums(tile, vectors, columns_at, first, out, out_stride, apart, n):
+    sums = _fold(tile.reshape(*tile.shape[:2], GROUP_ROWS, 4), np.add)[:, :n]
+    for r, row in enumerate(sums.swapaxes(1, 2).reshape(-1, n)):
+        for j, value in enumerate(row):
+            at = r * out_stride + j * apart
+            out.write(at, value[None] + (np.zeros(1, np.float32) if first else out.read(at, 1)))
 
 
 # ---- tiles of outer products ----
@@ -224,13 +231,13 @@ def outer_step_size(a, w):
     return 2 if a.values.dtype == np.uint16 else 1
 
 
-def outer_step(tile, a, rows_at, w, stride, k):
-    return outer_step_partial(tile, a, rows_at, w, stride, k, tile.shape[1], outer_step_size(a, w))
+def outer_step(tile, a, rows_at, a_at, w, stride, k):
+    return outer_step_partial(tile, a, rows_at, a_at, w, stride, k, tile.shape[1], outer_step_size(a, w))
 
 
-def outer_step_partial(tile, a, rows_at, w, stride, k, n, length):
+def outer_step_partial(tile, a, rows_at, a_at, w, stride, k, n, length):
     step = outer_step_size(a, w)
-    rows = np.stack([a.floats(at + k, step, step) for at in rows_at])
+    rows = np.stack([a.floats(a_at + at, step, step) for at in rows_at])
     for m in range(min(step, length)):
         columns = w.floats((k + m) * stride, n, tile.shape[1])
         tile = fma(rows[:, m, None], columns[None], tile)
@@ -238,7 +245,7 @@ def outer_step_partial(tile, a, rows_at, w, stride, k, n, length):
 
 
 def load_outer(first, out, out_at, n):
-    return np.stack([out.floats(at, 0 if first else n, TILE_COLUMNS * LANES) for at in out_at])
+    return np.stack([out.floats(at, 0 if first else n, OUTER_VECTORS * LANES) for at in out_at])
 
 
 def store_outer(tile, out, out_at, n):

@@ -50,6 +50,13 @@ def has_32_registers() -> bool:
     return register_bits() == 512 or llvm.get_default_triple().startswith(("aarch64", "arm64"))
 
 
+def register_constraint() -> str | None:
+    """What LLVM calls any vector register in a piece of assembly; None on processors other than x86."""
+    if not llvm.get_default_triple().startswith("x86_64"):
+        return None
+    return "v" if register_bits() == 512 else "x"
+
+
 #: Processors with AVX512-BF16, for when features follow from the name alone.
 _BF16_PROCESSORS = {"cooperlake", "sapphirerapids", "emeraldrapids", "graniterapids", "znver4", "znver5"}
 
@@ -72,13 +79,19 @@ def has_amx() -> bool:
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
-#: True where memory is read fastest as one stream, which the processor fetches ahead by itself: AMD. Processors of
-#: Intel read several rows side by side faster, if asked for the next ones.
-ONE_STREAM = cpu_name().startswith("znver")
+#: True where memory is read fastest if the processor reads ahead by itself: AMD. Processors of Intel read faster if
+#: asked for what comes next.
+READS_AHEAD = cpu_name().startswith("znver")
 
 #: float32 values in one vector.
 LANES = register_bits() // 32
 
-#: Weight rows of every tile. 4 x 6 accumulators, 4 activation vectors and one weight vector
-#: fill 29 of 32 registers; 4 x 2 fill 13 of 16. At most LANES, for `tile.store_sums`.
-TILE_COLUMNS = min(6, LANES) if has_32_registers() else 2
+#: Activation rows in one vector, 128 bits of each.
+GROUP_ROWS = LANES // 4
+#: Vectors of activations and weight rows of the largest tile. 4 x 6 accumulators, 4 vectors of activations and one of
+#: weights fill 29 of 32 registers; 2 x 6 fill 15 of 16.
+TILE_VECTORS = 4 if has_32_registers() else 2
+TILE_COLUMNS = 6
+#: Vectors of columns in a tile of outer products. 4 x 6 accumulators, 6 vectors of weights and one activation fill 31
+#: of 32 registers; 4 x 2 with theirs 11 of 16.
+OUTER_VECTORS = min(6, LANES) if has_32_registers() else 2

@@ -1,9 +1,12 @@
-"""A block of vector registers that accumulates ROWS x COLUMNS dot products.
+"""A block of vector registers that accumulates dot products of activation rows and weight rows.
 
-A tile is a tuple of `rows * columns` vectors; LLVM keeps it in registers. Entry (i, j)
-accumulates, lane by lane, the products of activation row i and weight row j; the lanes are
-added up once, at the end, always in the same order. The result for one row therefore does
-not depend on the rows that share its tile.
+A vector of activations holds 128 bits of each of GROUP_ROWS rows; 128 bits of a weight row meet all of them at once.
+So an accumulator has four partial sums of every row: lane i of a row's four adds up the products at K = i, i + 4,
+i + 8, ... (bfloat16: pairs of products). The four are added up once, at the end, always in the same order. The
+result for one row therefore does not depend on the rows that share its tile.
+
+Packed activations: a tile of R rows holds value k of row r at (k // B * R + r) * B + k % B, with B = `step_size`
+values in 128 bits. Behind the last value are zeros up to a multiple of B.
 """
 
 from functools import lru_cache
@@ -13,12 +16,12 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from .plain import intrinsic
-from .target import LANES, TILE_COLUMNS, has_bf16_dot
+from .target import GROUP_ROWS, LANES, TILE_COLUMNS, TILE_VECTORS, has_bf16_dot, register_constraint
 from .vector import (
     BYTE,
+    FLOAT,
     INT32,
     INT64,
-    INT_VECTOR,
     VECTOR,
     ZEROS,
     Bfloats,
@@ -33,18 +36,21 @@ from .vector import (
 )
 
 #: Activation rows of the largest tile.
-TILE_ROWS = 4
+TILE_ROWS = TILE_VECTORS * GROUP_ROWS
+#: What stands for the number of vectors of a tile where it decides what is compiled: a tuple of as many entries. Those
+#: that would not fit into the registers are never used, and not compiled.
+VECTORS = tuple(tuple(range(min(vectors, TILE_VECTORS))) for vectors in range(1, 5))
 
 
 @intrinsic
-def zero_tile(typing, rows_at, columns_at):
-    """A tile of zeros with as many rows and columns as the tuples have entries."""
-    tile = types.UniTuple(Vec, rows_at.count * columns_at.count)
+def zero_tile(typing, vectors, columns_at):
+    """A tile of zeros with as many vectors of activations and weight rows as the tuples have entries."""
+    tile = types.UniTuple(Vec, vectors.count * columns_at.count)
 
     def generate(context, builder, signature, args):
         return context.make_tuple(builder, tile, [ZEROS] * tile.count)
 
-    return tile(rows_at, columns_at), generate
+    return tile(vectors, columns_at), generate
 
 
 def clamped(builder, stride, last, count):
@@ -79,28 +85,65 @@ def prefetch(typing, memory, at):
     return types.void(memory, types.int64), generate
 
 
+@intrinsic
+def prefetch_rows(typing, memory, at, stride, rows):
+    """`prefetch` at, at + stride, at + 2 stride, ..., as many times as `rows`: a loop that stays one.
+
+    LLVM unrolls one in Python, with a register for each line's address, and takes them from the tile's loop around it
+    (Xeon: a tenth of the speed).
+    """
+
+    def generate(context, builder, signature, args):
+        memory, at, stride, rows = args
+        function = prefetch_function(builder)
+        with cgutils.for_range(builder, rows) as loop:
+            place = builder.gep(memory, [builder.add(at, builder.mul(loop.index, stride))])
+            builder.call(function, [builder.bitcast(place, BYTE.as_pointer()), INT32(0), INT32(2), INT32(1)])
+            builder.asm(ir.FunctionType(ir.VoidType(), []), "", "", [], side_effect=True)
+        return context.get_dummy_value()
+
+    return types.void(memory, types.int64, types.int64, types.int64), generate
+
+
 def prefetch_function(builder):
     kind = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), INT32, INT32, INT32])
     return cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
 
 
+def _repeated(builder, block, count):
+    """A vector that holds the vector `block` again and again, `count` values."""
+    places = [i % block.type.count for i in range(count)]
+    return builder.shuffle_vector(block, block, ir.Constant(ir.VectorType(INT32, count), places))
+
+
 class _Float32Products:
-    """float32 times float32, one vector at a time."""
+    """float32 times float32, 4 values of each row."""
 
-    step = LANES
+    step = 4
+    block = ir.VectorType(FLOAT, step)
 
     @staticmethod
-    def load(builder, pointer, n):
-        """The next `step` values; with n only the first n, and zeros."""
+    def load_rows(builder, pointer):
+        """The next 128 bits of GROUP_ROWS rows."""
+        return unaligned_load(builder, pointer)
+
+    @classmethod
+    def load_block(cls, builder, pointer, n):
+        """The next `step` values of a weight row; with n only the first n, and zeros."""
+        align = 4 if cls.block.element == FLOAT else 2
         if n is None:
-            return unaligned_load(builder, pointer)
-        return masked_load(builder, pointer, first_lanes(builder, n), ZEROS)
+            return unaligned_load(builder, pointer, cls.block, align)
+        zeros = ir.Constant(cls.block, [0.0 if cls.block.element == FLOAT else 0] * cls.step)
+        return masked_load(builder, pointer, first_lanes(builder, n, cls.step), zeros)
 
-    load_row = load_column = load
+    @classmethod
+    def load_column(cls, builder, pointer, n):
+        """`load_block` once for each of GROUP_ROWS rows."""
+        return _repeated(builder, cls.load_block(builder, pointer, n), LANES)
 
     @staticmethod
-    def accumulate(builder, row, column, total):
-        return fma_ir(builder, row, column, total)
+    def accumulate(builder, rows, column, total):
+        return fma_ir(builder, rows, column, total)
 
 
 class _Bfloat16(ir.Type):
@@ -110,58 +153,41 @@ class _Bfloat16(ir.Type):
         return "bfloat"
 
 
-class Bfloat16Products:
+class Bfloat16Products(_Float32Products):
     """bfloat16 times bfloat16 by AVX512-BF16: pairs of products added to each float32 lane."""
 
-    step = 2 * LANES
+    step = 8
+    block = ir.VectorType(ir.IntType(16), step)
     vector = ir.VectorType(ir.IntType(16), 2 * LANES)
     pairs = ir.VectorType(_Bfloat16(), 2 * LANES)
 
     @classmethod
-    def load(cls, builder, pointer, n):
-        if n is None:
-            values = unaligned_load(builder, pointer, cls.vector, align=2)
-        else:
-            zeros = ir.Constant(cls.vector, [0] * cls.step)
-            values = masked_load(builder, pointer, first_lanes(builder, n, cls.step), zeros)
-        return builder.bitcast(values, cls.pairs)
-
-    load_row = load_column = load
-
-    @classmethod
-    def accumulate(cls, builder, row, column, total):
-        kind = ir.FunctionType(VECTOR, [VECTOR, cls.pairs, cls.pairs])
-        dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
-        return builder.call(dot, [total, row, column])
-
-
-class _WidenedProducts(Bfloat16Products):
-    """float32 times bfloat16 without AVX512-BF16: weights at even and odd places as float32.
-
-    A pair of bfloat16 is one 32-bit word: shifted left it is the even value as float32, with its
-    low half cleared the odd one. The activations are split into even and odd to match.
-    """
+    def load_rows(cls, builder, pointer):
+        return builder.bitcast(unaligned_load(builder, pointer, cls.vector, align=2), cls.pairs)
 
     @classmethod
     def load_column(cls, builder, pointer, n):
-        words = builder.bitcast(super().load(builder, pointer, n), INT_VECTOR)
-        sixteen, high = (ir.Constant(INT_VECTOR, [n] * LANES) for n in (16, -65536))
-        return [builder.bitcast(w, VECTOR) for w in (builder.shl(words, sixteen), builder.and_(words, high))]
+        return builder.bitcast(_repeated(builder, cls.load_block(builder, pointer, n), 2 * LANES), cls.pairs)
 
     @classmethod
-    def load_row(cls, builder, pointer, n):
-        second = builder.gep(pointer, [INT64(LANES)])
-        rest = None if n is None else builder.sub(n, INT64(LANES))
-        halves = [_Float32Products.load(builder, *at) for at in ((pointer, n), (second, rest))]
-        mask = ir.VectorType(INT32, LANES)
-        places = (list(range(start, 2 * LANES, 2)) for start in (0, 1))
-        return [builder.shuffle_vector(*halves, ir.Constant(mask, list(p))) for p in places]
+    def accumulate(cls, builder, rows, column, total):
+        kind = ir.FunctionType(VECTOR, [VECTOR, cls.pairs, cls.pairs])
+        dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+        return builder.call(dot, [total, rows, column])
 
-    @staticmethod
-    def accumulate(builder, row, column, total):
-        for values, weights in zip(row, column, strict=True):
-            total = fma_ir(builder, values, weights, total)
-        return total
+
+class _WidenedProducts(_Float32Products):
+    """float32 times bfloat16 without AVX512-BF16: behind 16 zero bits, a bfloat16 is the same value as float32."""
+
+    block = ir.VectorType(ir.IntType(16), 4)
+
+    @classmethod
+    def load_column(cls, builder, pointer, n):
+        # First repeated, then widened: the one comes with the load, the other is one instruction.
+        shorts = _repeated(builder, cls.load_block(builder, pointer, n), 2 * LANES)
+        order = [i for start in range(0, 2 * LANES, 8) for k in range(start, start + 4) for i in (2 * LANES, k)]
+        places = ir.Constant(ir.VectorType(INT32, 2 * LANES), order)
+        return builder.bitcast(builder.shuffle_vector(shorts, ir.Constant(shorts.type, None), places), VECTOR)
 
 
 _PRODUCTS = {
@@ -178,14 +204,13 @@ def operand_dtype(storage):
 
 
 @intrinsic
-def step_size(typing, a, w):
-    """Values along K that one `dot_step` of activations a and weights w takes."""
-    step = _PRODUCTS[a, w].step
+def step_size(typing, a):
+    """Values along K that one `dot_step` of activations a takes: those in 128 bits."""
 
     def generate(context, builder, signature, args):
-        return INT64(step)
+        return INT64(128 // a.dtype.bitwidth)
 
-    return types.int64(a, w), generate
+    return types.int64(a), generate
 
 
 @intrinsic
@@ -198,65 +223,82 @@ def line_size(typing, memory):
     return types.int64(memory), generate
 
 
+def _finished(builder, sums):
+    """The same sums, behind an empty piece of assembly that wants all of them, and before which memory is not read.
+
+    Without it LLVM collects the loads of several steps in front of their multiplications, and spills most of the tile
+    (Xeon: a third to half of the speed).
+    """
+    if register_constraint() is None:
+        return sums
+    every = ir.LiteralStructType([VECTOR] * len(sums))
+    names = [f"={register_constraint()}"] * len(sums) + [str(i) for i in range(len(sums))] + ["~{memory}"]
+    result = builder.asm(ir.FunctionType(every, [VECTOR] * len(sums)), "", ",".join(names), sums, side_effect=True)
+    return unpack(builder, result, len(sums))
+
+
 def _dot_step(products, context, builder, signature, args, n):
-    """Multiply one step of every activation row with one of every weight row."""
-    tile, a, rows_at, w, columns_at, k = args[:6]
-    tile_type, _, rows_type, _, columns_type = signature.args[:5]
+    """Multiply one step of all activation rows with one of every weight row."""
+    tile, a, _, w, columns_at, k = args[:6]
+    tile_type, _, vectors_type, _, columns_type = signature.args[:5]
     sums = unpack(builder, tile, tile_type.count)
-
-    def place(memory, offsets, i):
-        row = builder.gep(memory, [builder.extract_value(offsets, i)])
-        return builder.gep(row, [k])
-
-    rows = [products.load_row(builder, place(a, rows_at, i), n) for i in range(rows_type.count)]
+    a = builder.gep(a, [builder.mul(k, INT64(vectors_type.count * GROUP_ROWS))])
+    vectors = [
+        products.load_rows(builder, builder.gep(a, [INT64(i * GROUP_ROWS * products.step)]))
+        for i in range(vectors_type.count)
+    ]
     for j in range(columns_type.count):
-        column = products.load_column(builder, place(w, columns_at, j), n)
-        for i, row in enumerate(rows):
+        row = builder.gep(builder.gep(w, [builder.extract_value(columns_at, j)]), [k])
+        column = products.load_column(builder, row, n)
+        for i, vector in enumerate(vectors):
             entry = i * columns_type.count + j
-            sums[entry] = products.accumulate(builder, row, column, sums[entry])
-    return context.make_tuple(builder, tile_type, sums)
+            sums[entry] = products.accumulate(builder, vector, column, sums[entry])
+    return context.make_tuple(builder, tile_type, _finished(builder, sums))
 
 
 @intrinsic
-def dot_step(typing, tile, a, rows_at, w, columns_at, k):
-    """tile[i, j] += a[rows_at[i] + k :][:s] . w[columns_at[j] + k :][:s] for s = step_size(a, w)"""
+def dot_step(typing, tile, a, vectors, w, columns_at, k):
+    """Add the products of values k .. k + `step_size` - 1 of all rows in packed `a` and of all weight rows.
+
+    vectors     one of VECTORS
+    columns_at  where each weight row begins in w
+    """
     products = _PRODUCTS[a, w]
 
     def generate(context, builder, signature, args):
         return _dot_step(products, context, builder, signature, args, None)
 
-    return tile(tile, a, rows_at, w, columns_at, types.int64), generate
+    return tile(tile, a, vectors, w, columns_at, types.int64), generate
 
 
 @intrinsic
-def dot_step_partial(typing, tile, a, rows_at, w, columns_at, k, n):
-    """`dot_step` over n < step_size(a, w) values."""
+def dot_step_partial(typing, tile, a, vectors, w, columns_at, k, n):
+    """`dot_step` of weight rows that end after n values."""
     products = _PRODUCTS[a, w]
 
     def generate(context, builder, signature, args):
         return _dot_step(products, context, builder, signature, args, args[6])
 
-    return tile(tile, a, rows_at, w, columns_at, types.int64, types.int64), generate
+    return tile(tile, a, vectors, w, columns_at, types.int64, types.int64), generate
 
 
-#: Steps in which the lanes of a vector are added up: within every `block` lanes, lane i and lane
-#: i + distance. Those within 128 bits come first: shuffles that stay there are the cheapest.
-_SUM_STEPS = [(4, 2), (4, 1), *((LANES, d) for d in (8, 4) if d < LANES)]
+#: Steps in which the four lanes of a row are added up: lane i and lane i + distance.
+_SUM_DISTANCES = (2, 1)
 
 
-def _lane_sums(builder, vectors):
-    """One vector whose lane i is the sum over the lanes of vectors[i]; at most LANES of them.
+def _row_sums(builder, vectors):
+    """One vector whose lanes are, for every row, the sums of its lanes in vectors[0], in vectors[1], ... (at most 4).
 
-    Each step halves what two vectors have left and puts both in one, so LANES sums cost 3 (LANES - 1)
-    instructions. A vector's lanes meet in the same order whatever stands beside it.
+    Each step halves what two vectors have left and puts both in one, so four sums of each row cost 9 instructions. A
+    vector's lanes meet in the same order whatever stands beside it.
     """
     mask = ir.VectorType(INT32, LANES)
-    for block, distance in _SUM_STEPS:
+    for distance in _SUM_DISTANCES:
         firsts, seconds = [], []
-        for start in range(0, LANES, block):
+        for row in range(0, LANES, 4):
             for vector in (0, LANES):  # a shuffle counts on from the first vector to the second
-                for i in range(start, start + block):
-                    (seconds if i // distance % 2 else firsts).append(vector + i)
+                for i in range(4):
+                    (seconds if i // distance % 2 else firsts).append(vector + row + i)
         pairs = zip(vectors[::2], [*vectors[1::2], None], strict=False)
         vectors = [
             builder.fadd(*(builder.shuffle_vector(a, b or a, ir.Constant(mask, half)) for half in (firsts, seconds)))
@@ -265,64 +307,63 @@ def _lane_sums(builder, vectors):
     return vectors[0]
 
 
-def _zeros(vector):
-    return ir.Constant(vector, [0.0] * vector.count)
-
-
-def _chunks(rows, columns):
-    """(first column, width) of the parts in which a tile is stored: sums of one part fill one vector at most."""
+def _chunks(columns):
+    """(first column, width) of the parts in which a row of a tile is stored."""
     first = 0
     while first < columns:
-        width = next(w for w in (4, 2, 1) if w * rows <= LANES and first + w <= columns)
+        width = next(w for w in (4, 2, 1) if first + w <= columns)
         yield first, width
         first += width
 
 
 @intrinsic
-def store_sums(typing, tile, columns_at, first, out, out_at, apart, n):
-    """out[out_at[i] + j * apart] = the finished dot product (i, j), for j < n; added to it unless `first`.
+def store_sums(typing, tile, vectors, columns_at, first, out, out_stride, apart, n):
+    """out[r * out_stride + j * apart] = the finished dot product (r, j), for j < n; added to it unless `first`.
 
-    Rows may share a place if they are equal; so do columns from n on, which are equal to the last one before.
+    All rows of the tile are written. Columns from n on must equal the last one before.
     """
-    rows, columns = out_at.count, columns_at.count
+    columns = columns_at.count
 
     def generate(context, builder, signature, args):
-        tile_value, _, first, out, out_at, apart, n = args
-        vectors = unpack(builder, tile_value, tile.count)
-        row_at = unpack(builder, out_at, rows)
-        parts = []  # (row, first column, sums) of each row of each chunk
-        for column, width in _chunks(rows, columns):
-            chunk = [vectors[i * columns + column + j] for i in range(rows) for j in range(width)]
-            sums = _lane_sums(builder, chunk)
-            for i in range(rows):
-                lanes = ir.Constant(ir.VectorType(INT32, width), list(range(i * width, (i + 1) * width)))
-                parts.append((i, column, builder.shuffle_vector(sums, sums, lanes)))
+        tile_value, _, _, first, out, stride, apart, n = args
+        entries = unpack(builder, tile_value, tile.count)
 
-        def write(parts):
+        def write(places):
             # All are read before any is written: what is computed twice is added once. What lies there
             # before the first block is read too, and thrown away: cheaper than a branch.
-            places = [builder.gep(out, [at]) for at, _ in parts]
-            before = [
-                unaligned_load(builder, place, value.type) for place, (_, value) in zip(places, parts, strict=True)
-            ]
-            for place, (_, value), old in zip(places, parts, before, strict=True):
+            before = [unaligned_load(builder, place, value.type) for place, value in places]
+            for (place, value), old in zip(places, before, strict=True):
                 old = builder.select(first, ir.Constant(value.type, None), old)
                 unaligned_store(builder, builder.fadd(old, value), place)
+
+        rows = []  # (pointer to the row, [(first column, sums) of each chunk])
+        for i in range(vectors.count):
+            chunks = [
+                (column, width, _row_sums(builder, entries[i * columns + column :][:width]))
+                for column, width in _chunks(columns)
+            ]
+            for row in range(GROUP_ROWS):
+                place = builder.gep(out, [builder.mul(stride, INT64(i * GROUP_ROWS + row))])
+                mask = [ir.Constant(ir.VectorType(INT32, w), list(range(4 * row, 4 * row + w))) for _, w, _ in chunks]
+                parts = [(c, builder.shuffle_vector(v, v, m)) for (c, _, v), m in zip(chunks, mask, strict=True)]
+                rows.append((place, parts))
 
         whole = builder.icmp_signed("==", n, INT64(columns))
         adjacent = builder.icmp_signed("==", apart, INT64(1))
         with builder.if_else(builder.and_(whole, adjacent)) as (together, one_by_one):
             with together:
-                write([(builder.add(row_at[i], INT64(column)), sums) for i, column, sums in parts])
+                for row, parts in rows:
+                    write([(builder.gep(row, [INT64(column)]), sums) for column, sums in parts])
             with one_by_one:
                 column_at = clamped(builder, apart, builder.sub(n, INT64(1)), columns)
-                write(
-                    [
-                        (builder.add(row_at[i], column_at[column + j]), builder.extract_element(sums, INT32(j)))
-                        for i, column, sums in parts
-                        for j in range(sums.type.count)
-                    ]
-                )
+                for row, parts in rows:
+                    write(
+                        [
+                            (builder.gep(row, [column_at[column + j]]), builder.extract_element(sums, INT32(j)))
+                            for column, sums in parts
+                            for j in range(sums.type.count)
+                        ]
+                    )
         return context.get_dummy_value()
 
-    return types.void(tile, columns_at, types.boolean, Floats, out_at, types.int64, types.int64), generate
+    return types.void(tile, vectors, columns_at, types.boolean, Floats, *[types.int64] * 3), generate

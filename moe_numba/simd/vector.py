@@ -199,26 +199,33 @@ def store(typing, value, memory, at, n):
 
 
 @intrinsic
-def store_operand(typing, value, memory, at, n, w):
-    """Write the first n lanes as activations that will be multiplied with weights like those at `w`.
+def store_operand(typing, value, memory, at, rows, n, w):
+    """Write n (at most LANES) values of a row of activations that will be multiplied with weights like those at `w`.
 
-    float32 beside float32 weights. Beside bfloat16 weights rounded to bfloat16, to nearest, ties to
-    even: as bfloat16 if `memory` holds such, else as the float32 of the same value.
+    float32 beside float32 weights. Beside bfloat16 weights rounded to bfloat16, to nearest, ties to even: as bfloat16
+    if `memory` holds such, else as the float32 of the same value. In runs of 128 bits, the last filled up with
+    zeros, as a tile of `rows` rows has them (tile.py); with rows = 1 one after the other.
     """
     rounded = w == Bfloats
 
     def generate(context, builder, signature, args):
-        value, memory, at, n, _ = args
+        value, memory, at, rows, n, _ = args
         if rounded:
             bits = rounded_to_bfloat16(builder, value)
             if signature.args[1] == Bfloats:
                 value = builder.trunc(builder.lshr(bits, _splat_int(16)), SHORT_VECTOR)
             else:
                 value = builder.bitcast(bits, VECTOR)
-        masked_store(builder, value, builder.gep(memory, [at]), first_lanes(builder, n))
+        value = builder.select(first_lanes(builder, n), value, ir.Constant(value.type, None))
+        run = 128 // signature.args[1].dtype.bitwidth
+        for i in range(0, LANES, run):
+            with builder.if_then(builder.icmp_signed("<", INT64(i), n)):
+                lanes = ir.Constant(ir.VectorType(INT32, run), list(range(i, i + run)))
+                place = builder.gep(memory, [builder.add(at, builder.mul(rows, INT64(i)))])
+                unaligned_store(builder, builder.shuffle_vector(value, value, lanes), place, align=2)
         return context.get_dummy_value()
 
-    return types.void(Vec, memory, types.int64, types.int64, w), generate
+    return types.void(Vec, memory, types.int64, types.int64, types.int64, w), generate
 
 
 def _splat_int(n):
