@@ -30,7 +30,7 @@ def _run(a, row_ids, w):
     out = np.full((rows, len(w) + 1), 99, np.float32)
     _project(a, row_ids, w, packed, out, len(w))
     assert_array_equal(out[:, -1], np.full(len(out), 99))
-    assert_array_equal(out[len(row_ids) :, :-1], np.repeat(out[len(row_ids) - 1, :-1][None], rows - len(row_ids), 0))
+    assert_array_equal(out[len(row_ids) :, :-1], np.zeros((rows - len(row_ids), len(w))))
     return out[: len(row_ids), :-1]
 
 

@@ -191,18 +191,21 @@ def _up_projection(weights, form, transposed, rows, space, worker):
 
 @helper
 def _activate(sums, columns, column_block, weights, form, expert, column, hidden, rows, space):
-    """`activate_row` of every row of a block, and of those that fill up its last group."""
+    """`activate_row` of every row of a block; zeros fill up the last group."""
     stride = space.hidden.shape[1] // GROUP_ROWS
     sums_stride = column_block * (2 if form.gated else 1)
-    step = step_size(hidden)
+    step, zero = step_size(hidden), splat(np.float32(0.0))
     groups, tiles, fewest = tiles_of(rows)
     for t in range(tiles):
         first, vectors = tile_of(groups, tiles, fewest, t)
         size = vectors * GROUP_ROWS
-        for r in range(size):
+        tile = offset(hidden, first * stride + column * size)
+        for r in range(min(size, rows - first)):
             row = offset(sums, (first + r) * sums_stride)
-            out = offset(hidden, first * stride + column * size + r * step)
-            activate_row(row, columns, column_block, weights, form, expert, column, out, size)
+            activate_row(row, columns, column_block, weights, form, expert, column, offset(tile, r * step), size)
+        for r in range(rows - first, size):
+            for i in range(0, columns, LANES):
+                store_operand(zero, tile, i * size + r * step, size, min(LANES, columns - i), pointer(weights.down, 0))
 
 
 @helper

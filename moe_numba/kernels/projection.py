@@ -32,7 +32,7 @@ from ..simd.tile import (
     store_sums,
     zero_tile,
 )
-from ..simd.vector import element, load, offset, store_operand
+from ..simd.vector import element, load, offset, splat, store_operand
 
 #: Activation rows that share one pass over the weights.
 ROW_BLOCK = 128
@@ -90,14 +90,14 @@ def tile_of(groups, tiles, fewest, t):
 def pack(x, width, row_ids, rows, start, end, packed, stride, w):
     """Values start <= k < end of `rows` activation rows, as `project` reads them beside weights like those at `w`.
 
-    A group that is not full repeats the last row.
+    Zeros fill up the last group.
 
     x        row i begins at x[i * width]
     row_ids  (rows,) int64 row of `x` for each of the block's
     start    a multiple of LANES
     packed   row r begins at packed[r * stride], were it alone; a tile's rows lie mixed (simd/tile.py)
     """
-    step = step_size(packed)
+    step, zero = step_size(packed), splat(np.float32(0.0))
     groups, tiles, fewest = tiles_of(rows)
     for t in range(tiles):
         first, vectors = tile_of(groups, tiles, fewest, t)
@@ -105,9 +105,11 @@ def pack(x, width, row_ids, rows, start, end, packed, stride, w):
         tile = offset(packed, first * stride)
         for k in range(start, end, LANES):
             n = min(LANES, width - k)
-            for r in range(size):
-                token = element(row_ids, min(first + r, rows - 1)) * width
+            for r in range(min(size, rows - first)):
+                token = element(row_ids, first + r) * width
                 store_operand(load(x, token + k, n), tile, k * size + r * step, size, n, w)
+            for r in range(rows - first, size):
+                store_operand(zero, tile, k * size + r * step, size, n, w)
 
 
 @helper
@@ -146,8 +148,10 @@ def _strip(a, stride, parts, k, w, columns_at, n, size, fetch, first, out, out_s
     if size < FETCH_LINES * line_size(w):
         fetched = 0
     for t in range(tiles):
-        share = t * fetched // tiles
-        ahead = (place + share * fetch_stride, fetch_stride, (t + 1) * fetched // tiles - share, again)
+        share, fetch_end = 0, fetched
+        if tiles > 1:  # a division takes as long as a sixth of a small layer's tile
+            share, fetch_end = t * fetched // tiles, (t + 1) * fetched // tiles
+        ahead = (place + share * fetch_stride, fetch_stride, fetch_end - share, again)
         row, vectors = tile_of(groups, tiles, fewest, t)
         x = offset(a, row * stride + k * vectors * GROUP_ROWS)
         y = offset(out, row * out_stride)

@@ -30,8 +30,8 @@ from .vector import (
     first_lanes,
     fma_ir,
     masked_load,
+    masked_store,
     unaligned_load,
-    unaligned_store,
     unpack,
 )
 
@@ -323,47 +323,55 @@ def store_sums(typing, tile, vectors, columns_at, first, out, out_stride, apart,
     All rows of the tile are written. Columns from n on must equal the last one before.
     """
     columns = columns_at.count
+    run = ir.VectorType(FLOAT, 8)
 
     def generate(context, builder, signature, args):
         tile_value, _, _, first, out, stride, apart, n = args
         entries = unpack(builder, tile_value, tile.count)
+        chunks = [
+            [_row_sums(builder, entries[i * columns + column :][:width]) for column, width in _chunks(columns)]
+            for i in range(vectors.count)
+        ]
+        rows = [  # (pointer to the row, sums of the chunks, first lane there)
+            (builder.gep(out, [builder.mul(stride, INT64(i * GROUP_ROWS + row))]), chunks[i], 4 * row)
+            for i in range(vectors.count)
+            for row in range(GROUP_ROWS)
+        ]
 
-        def write(places):
-            # All are read before any is written: what is computed twice is added once. What lies there
-            # before the first block is read too, and thrown away: cheaper than a branch.
-            before = [unaligned_load(builder, place, value.type) for place, value in places]
-            for (place, value), old in zip(places, before, strict=True):
-                old = builder.select(first, ir.Constant(value.type, None), old)
-                unaligned_store(builder, builder.fadd(old, value), place)
+        def write_together():
+            there = first_lanes(builder, n, run.count)
+            before = builder.select(first, ir.Constant(there.type, None), there)
+            for place, sums, lane in rows:
+                lanes = [LANES * c + lane + i for c, (_, width) in enumerate(_chunks(columns)) for i in range(width)]
+                lanes += [lane] * (run.count - columns)
+                value = builder.shuffle_vector(sums[0], sums[-1], ir.Constant(ir.VectorType(INT32, run.count), lanes))
+                old = masked_load(builder, place, before, ir.Constant(run, [0.0] * run.count))
+                masked_store(builder, builder.fadd(old, value), place, there)
 
-        rows = []  # (pointer to the row, [(first column, sums) of each chunk])
-        for i in range(vectors.count):
-            chunks = [
-                (column, width, _row_sums(builder, entries[i * columns + column :][:width]))
-                for column, width in _chunks(columns)
-            ]
-            for row in range(GROUP_ROWS):
-                place = builder.gep(out, [builder.mul(stride, INT64(i * GROUP_ROWS + row))])
-                mask = [ir.Constant(ir.VectorType(INT32, w), list(range(4 * row, 4 * row + w))) for _, w, _ in chunks]
-                parts = [(c, builder.shuffle_vector(v, v, m)) for (c, _, v), m in zip(chunks, mask, strict=True)]
-                rows.append((place, parts))
+        def write_one_by_one():
+            column_at = clamped(builder, apart, builder.sub(n, INT64(1)), columns)
+            for row, sums, lane in rows:
+                values = [
+                    builder.extract_element(chunk, INT32(lane + i))
+                    for chunk, (_, width) in zip(sums, _chunks(columns), strict=True)
+                    for i in range(width)
+                ]
+                # All are read before any is written: what is computed twice is added once. What lies there
+                # before the first block is read too, and thrown away: cheaper than a branch.
+                places = [builder.gep(row, [at]) for at in column_at]
+                before = [builder.load(place) for place in places]
+                for place, value, old in zip(places, values, before, strict=True):
+                    old = builder.select(first, FLOAT(0.0), old)
+                    builder.store(builder.fadd(old, value), place)
 
-        whole = builder.icmp_signed("==", n, INT64(columns))
-        adjacent = builder.icmp_signed("==", apart, INT64(1))
-        with builder.if_else(builder.and_(whole, adjacent)) as (together, one_by_one):
-            with together:
-                for row, parts in rows:
-                    write([(builder.gep(row, [INT64(column)]), sums) for column, sums in parts])
-            with one_by_one:
-                column_at = clamped(builder, apart, builder.sub(n, INT64(1)), columns)
-                for row, parts in rows:
-                    write(
-                        [
-                            (builder.gep(row, [column_at[column + j]]), builder.extract_element(sums, INT32(j)))
-                            for column, sums in parts
-                            for j in range(sums.type.count)
-                        ]
-                    )
+        if LANES == 4:  # without masked instructions
+            write_one_by_one()
+        else:
+            with builder.if_else(builder.icmp_signed("==", apart, INT64(1))) as (together, one_by_one):
+                with together:
+                    write_together()
+                with one_by_one:
+                    write_one_by_one()
         return context.get_dummy_value()
 
     return types.void(tile, vectors, columns_at, types.boolean, Floats, *[types.int64] * 3), generate
