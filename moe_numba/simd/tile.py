@@ -340,12 +340,21 @@ def store_sums(typing, tile, vectors, columns_at, first, out, out_stride, apart,
 
         def write_together():
             there = first_lanes(builder, n, run.count)
-            before = builder.select(first, ir.Constant(there.type, None), there)
-            for place, sums, lane in rows:
+            zeros = ir.Constant(run, None)
+            # A masked load, even of nothing, would wait for what the tile before stored beside it (a layer of H = 64,
+            # F = 128, one token: 1 us of 15).
+            started = builder.basic_block
+            with builder.if_then(builder.not_(first)):
+                read = [masked_load(builder, place, there, zeros) for place, _, _ in rows]
+                finished = builder.basic_block
+            before = [builder.phi(run) for _ in rows]
+            for value, old in zip(before, read, strict=True):
+                value.add_incoming(zeros, started)
+                value.add_incoming(old, finished)
+            for (place, sums, lane), old in zip(rows, before, strict=True):
                 lanes = [LANES * c + lane + i for c, (_, width) in enumerate(_chunks(columns)) for i in range(width)]
                 lanes += [lane] * (run.count - columns)
                 value = builder.shuffle_vector(sums[0], sums[-1], ir.Constant(ir.VectorType(INT32, run.count), lanes))
-                old = masked_load(builder, place, before, ir.Constant(run, [0.0] * run.count))
                 masked_store(builder, builder.fadd(old, value), place, there)
 
         def write_one_by_one():
