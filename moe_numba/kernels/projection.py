@@ -20,7 +20,6 @@ from ..simd.outer import (
 from ..simd.target import GROUP_ROWS, LANES, READS_AHEAD, TILE_VECTORS
 from ..simd.tile import (
     TILE_COLUMNS,
-    TILE_ROWS,
     VECTORS,
     clamped_offsets,
     dot_step,
@@ -45,10 +44,9 @@ PASS_LINES = 12288
 #: Streams of weights that few rows read side by side (`_project_streams`). Processors that read ahead by themselves do
 #: so best with few; a single one would wait for its sums, whose chain takes 16 cycles a cache line.
 STREAMS = 3 if READS_AHEAD else TILE_COLUMNS
-#: Rows that are few in this sense: one tile, or where activations compete with streams for the first-level cache, one
-#: vector. (Xeon, one core, from memory, 8, 16, 32 rows, K = 2048: 17 and 11 % faster, then 2 % slower than tiles of
-#: adjacent weight rows; K = 1024: the same, 2 % and 9 % slower.)
-STREAM_ROWS = 4 if READS_AHEAD else TILE_ROWS
+#: Rows that are few in this sense; where activations compete with streams for the first-level cache, one vector (Xeon,
+#: float32, 16 rows per expert: olmoe 2 %, qwen3 4 %, Mixtral 4 % faster than with 16; the next, 24 rows: 1 %).
+STREAM_ROWS = 4 if READS_AHEAD else 32
 #: Cache lines from which a weight row is worth a stream of its own. Shorter ones lie in small layers,
 #: where the time is that of calling tiles (H = 64, F = 128, one token: 1.5 us of a forward of 23).
 STREAM_LINES = 24
@@ -179,17 +177,19 @@ def _project_streams(a, stride, parts, w, columns, length, block, out, out_strid
 
     A tile's weight rows are as far apart as possible. So each is a stream that goes on with the row behind it, and the
     processor reads ahead of it from row to row (Xeon, olmoe, float32, T = 1, 4, 16: 7 to 12 % faster than tiles of
-    adjacent rows). Where it has to be asked, it is asked for what the tile needs soon (AMD: a quarter slower if asked).
+    adjacent rows). A single tile of rows asks for what it needs soon; several share what all of them need next. (AMD: a
+    quarter slower if asked.)
     """
     apart = (columns + STREAMS - 1) // STREAMS
     w_stride = apart * length
-    line = line_size(w)
-    fetch = (REPEAT_LINES * line, w_stride + SKEW_LINES * line, 0 if READS_AHEAD else STREAMS, REPEAT_LINES * line)
+    fetched = 0 if READS_AHEAD else STREAMS
+    soon, skew = REPEAT_LINES * line_size(w), SKEW_LINES * line_size(w)
     for j in range(apart):
         n = min(STREAMS, (columns - j + apart - 1) // apart)
         columns_at = _stream_offsets(w_stride, n - 1)
         for k in range(0, length, block):
             size = min(block, length - k)
+            fetch = (soon, w_stride + skew, fetched, soon) if parts[1] == 1 else (size, w_stride, fetched, soon)
             v, y = offset(w, j * length + k), offset(out, j)
             _strip(a, stride, parts, k, v, columns_at, n, size, fetch, k == 0, y, out_stride, apart)
 
