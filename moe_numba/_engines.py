@@ -38,13 +38,13 @@ class Engine:
     unit: int  #: rows of a group
 
 
-def _odd_lines(width, dtype):
-    """`width`, rounded up to an odd number of cache lines.
+def _odd_lines(width):
+    """`width` float32, rounded up to an odd number of cache lines.
 
     Rows at a distance of a power of two would compete for the same few sets of the first-level
     cache; padding made blocks of 64 rows up to 15 % faster.
     """
-    items = CACHE_LINE // np.dtype(dtype).itemsize
+    items = CACHE_LINE // 4
     return items * (-(-width // items) | 1)
 
 
@@ -91,7 +91,7 @@ def _amx_transposed_shapes(s):
     columns = _output_columns(s, amx_transposed.OUTPUT_COLUMNS, amx_transposed.OUTPUT_BLOCK)
     rows = TILE * _groups(s, TILE)
     return [
-        *((rows, _odd_lines(width + 1, np.float32), np.float32) for width in (s.input_dim, s.hidden_dim)),
+        *((rows, _odd_lines(width + 1), np.float32) for width in (s.input_dim, s.hidden_dim)),
         (s.threads, max(1, s.tokens) * columns, np.float32),
         (s.threads, amx.SCRATCH_SIZE, np.float32),
     ]

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _check
+from ._aligned import CACHE_LINE
 from ._init import router_weight
 from .config import RouterConfig
 from .kernels import routing, scoring
@@ -211,7 +212,8 @@ class TopKRouter:
 
     def _scratch(self, tokens, threads):
         rows = min(routing.TOKEN_BLOCK, -(-tokens // GROUP_ROWS) * GROUP_ROWS)
-        whole_lines = -(-self.config.input_dim // 16) * 16
+        line = CACHE_LINE // 4
+        whole_lines = -(-self.config.input_dim // line) * line
         return np.empty((threads, rows, routing.EXPERT_BLOCK + whole_lines), np.float32)
 
     def _capacity(self, tokens):

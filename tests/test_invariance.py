@@ -7,7 +7,7 @@ from helpers import assert_same_bits, random_layer
 from moe_numba import get_num_threads, set_num_threads
 from moe_numba.config import DTYPES
 
-#: (H, F): rows of a few cache lines and odd lengths; rows long enough to be streamed one at a time
+#: (H, F): rows of a few cache lines and odd lengths; rows long enough to be streams
 #: (kernels/projection.py) in both formats; rows of several blocks of K.
 SHAPES = [(33, 50), (801, 800), (2500, 70)]
 

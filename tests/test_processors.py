@@ -33,7 +33,7 @@ def check(dtype, error, input_dim, hidden_dim, transposed=False):
 for dtype, error in (("float32", 2e-5), ("bfloat16", 2**-8)):
     check(dtype, error, 21, 11)
     check(dtype, error, 75, 31, transposed=True)
-    check(dtype, error, 801, 9)  # long enough for weight rows to be streamed one at a time
+    check(dtype, error, 801, 9)  # long enough for weight rows to be streams
 print(LANES, has_bf16_dot())
 """
 

@@ -211,9 +211,9 @@ def _dot_products(a, vectors, w, w_stride, length, first, out, out_at, out_strid
     store_sums(tile, vectors, columns_at, first, pointer(out, out_at), out_stride, apart, columns)
 
 
-def _packed(a, step=4):
+def _packed(a):
     """As tile.py describes it."""
-    rows, length = a.shape
+    (rows, length), step = a.shape, 4
     padded = np.zeros((rows, -(-length // step) * step), a.dtype)
     padded[:, :length] = a
     return np.ascontiguousarray(padded.reshape(rows, -1, step).swapaxes(0, 1))

@@ -115,8 +115,8 @@ def _pack(x, rows, block, start, weights, space):
 def _columns_per_piece(rows, width, threads, transposed):
     """Columns of a piece of work over `width` columns, whose sums scratch holds."""
     unit = COLUMN_BLOCK if transposed is None else TRANSPOSED_BLOCK
-    padded = (most_rows(rows) + GROUP_ROWS - 1) // GROUP_ROWS * GROUP_ROWS
-    most = min(MOST_COLUMNS, ROW_BLOCK * unit // padded)
+    groups, _, _ = tiles_of(most_rows(rows))
+    most = min(MOST_COLUMNS, ROW_BLOCK * unit // (groups * GROUP_ROWS))
     return columns_per_piece(rows, width, PIECES * threads, most, unit)
 
 
@@ -184,16 +184,24 @@ def _up_projection(weights, form, transposed, rows, space, worker):
                 pointer(space.scratch, mine + p * column_block),
                 sums_stride,
             )
-        sums = pointer(space.scratch, mine)
-        hidden = pointer(space.hidden, group * space.hidden.shape[1])
-        _activate(sums, columns, column_block, weights, form, expert, column, hidden, end - first, space)
+        _activate(
+            pointer(space.scratch, mine),
+            sums_stride,
+            end - first,
+            columns,
+            column_block,
+            weights,
+            form,
+            expert,
+            column,
+            pointer(space.hidden, group * space.hidden.shape[1]),
+            space.hidden.shape[1] // GROUP_ROWS,
+        )
 
 
 @helper
-def _activate(sums, columns, column_block, weights, form, expert, column, hidden, rows, space):
-    """`activate_row` of every row of a block; zeros fill up the last group."""
-    stride = space.hidden.shape[1] // GROUP_ROWS
-    sums_stride = column_block * (2 if form.gated else 1)
+def _activate(sums, sums_stride, rows, columns, column_block, weights, form, expert, column, hidden, stride):
+    """`activate_row` of every row of a block; zeros fill up the last group. hidden, stride: as of `pack`'s result."""
     step, zero = step_size(hidden), splat(np.float32(0.0))
     groups, tiles, fewest = tiles_of(rows)
     for t in range(tiles):

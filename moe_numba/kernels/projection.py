@@ -163,14 +163,6 @@ def _strip(a, stride, parts, k, w, columns_at, n, size, fetch, first, out, out_s
             _tile(x, VECTORS[3], w, columns_at, size, ahead, first, y, out_stride, apart, n)
 
 
-@inline
-def _stream_offsets(stride, last):
-    """Where a tile's weight rows begin, one from each stream."""
-    if READS_AHEAD:
-        return (np.int64(0), min(1, last) * stride, min(2, last) * stride)
-    return clamped_offsets(stride, last)
-
-
 @helper
 def _project_streams(a, stride, parts, w, columns, length, block, out, out_stride):
     """`project` of few rows, for which the time is that of reading the weights.
@@ -186,7 +178,7 @@ def _project_streams(a, stride, parts, w, columns, length, block, out, out_strid
     soon, skew = REPEAT_LINES * line_size(w), SKEW_LINES * line_size(w)
     for j in range(apart):
         n = min(STREAMS, (columns - j + apart - 1) // apart)
-        columns_at = _stream_offsets(w_stride, n - 1)
+        columns_at = clamped_offsets(w_stride, n - 1)[:STREAMS]
         for k in range(0, length, block):
             size = min(block, length - k)
             fetch = (soon, w_stride + skew, fetched, soon) if parts[1] == 1 else (size, w_stride, fetched, soon)
