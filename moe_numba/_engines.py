@@ -75,7 +75,8 @@ def _vector_shapes(operand):
 
 def _amx_shapes(s):
     least, most = amx.OUTPUT_COLUMNS
-    held = amx.OUTPUT_VALUES // max(1, s.tokens) // amx.OUTPUT_BLOCK * amx.OUTPUT_BLOCK
+    held = max(amx.OUTPUT_VALUES // max(1, s.tokens), s.hidden_dim // amx.HIDDEN_PER_COLUMN)
+    held = held // amx.OUTPUT_BLOCK * amx.OUTPUT_BLOCK
     columns = _output_columns(s, min(most, max(least, held)), amx.OUTPUT_BLOCK)
     packed = (PACKED_TILE * -(-width // DEPTH) for width in (s.input_dim, s.hidden_dim))
     return [
@@ -93,7 +94,7 @@ def _amx_transposed_shapes(s):
     return [
         *((rows, _odd_lines(width + 1), np.float32) for width in (s.input_dim, s.hidden_dim)),
         (s.threads, max(1, s.tokens) * columns, np.float32),
-        (s.threads, amx.SCRATCH_SIZE, np.float32),
+        (s.threads, amx_transposed.SCRATCH_SIZE, np.float32),
     ]
 
 
@@ -112,7 +113,7 @@ AMX_TRANSPOSED = Engine(
     amx_transposed.experts_forward_amx_transposed,
     amx_transposed.AmxTransposedWorkspace,
     _amx_transposed_shapes,
-    amx.ROW_BLOCK,
+    amx_transposed.ROW_BLOCK,
     TILE,
 )
 

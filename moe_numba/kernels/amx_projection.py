@@ -80,8 +80,9 @@ def sums_of(rows, columns, groups, column, group):
         apart = _streams_apart(columns)
         at = (column % apart * groups + group) * STREAMS + column // apart
         return at * TILE, (at + apart * groups * STREAMS) * TILE
-    pair, rest = column // _pair_columns(rows), column % _pair_columns(rows)
-    at = ((pair * groups + group) * 2 + rest // TILE) * SUMS + rest % TILE * TILE
+    strip, first = column // TILE, column % TILE * TILE
+    pair, second = (strip, 0) if rows.projections > 1 else (strip // 2, strip % 2)
+    at = ((pair * groups + group) * 2 + second) * SUMS + first
     return at, at + SUMS
 
 

@@ -21,7 +21,6 @@ from ..simd.atomic import take_next
 from ..simd.target import LANES
 from ..simd.tile import prefetch
 from ..simd.vector import first_in_turn, last_in_turn, load, offset, pointer, shorts, splat, store, store_operand
-from .amx import SCRATCH_SIZE
 from .amx_projection import configure, groups_of
 from .experts import (
     Form,
@@ -41,6 +40,10 @@ from .plan import Rows, columns_per_piece, most_rows, piece
 WIDTH_UNIT = 2 * TILE
 #: Columns that a tile of products takes at a time.
 COLUMN_BLOCK = 2 * WIDTH_UNIT
+#: Rows that share one pass over the weights.
+ROW_BLOCK = 512
+#: float32 sums of one thread: 512 KiB of a second-level cache of 2 MiB (with those of amx.py, T = 2048, 10 % slower).
+SCRATCH_SIZE = 131072
 #: Columns of a piece of work of the first projection at most, and pieces of work per thread at least: memory is read
 #: faster the more of a row lies in one (one token: 4.9 ms with whole rows of 4 KiB, 5.7 with at most 1.5 KiB).
 MOST_COLUMNS, PIECES = 1024, 4

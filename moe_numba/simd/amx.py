@@ -21,10 +21,10 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from .vector import (
+    BFLOAT16,
     BYTE,
     INT32,
     INT64,
-    INT_VECTOR,
     SHORT_VECTOR,
     VECTOR,
     ZEROS,
@@ -33,7 +33,6 @@ from .vector import (
     Vec,
     first_lanes,
     masked_load,
-    rounded_to_bfloat16,
     unaligned_load,
     unaligned_store,
     unpack,
@@ -51,6 +50,7 @@ SUMS = TILE * TILE
 _BYTES = BYTE.as_pointer()
 _ROW_BYTES = 64
 _FIRST, _SECOND = 4, 6  # first registers of the operands
+_SHORTS = ir.VectorType(ir.IntType(16), DEPTH)
 
 
 def _configurations():
@@ -170,10 +170,13 @@ def multiply_step(typing, rows, rows_at, stride, pairs, pairs_stride, pairs_at):
 # ---- the order in which the unit wants its second operand, and in which it leaves sums ----
 
 
-def _pairs(builder, first, second):
-    """Two float32 vectors rounded to bfloat16, as one vector of pairs."""
-    low = builder.lshr(rounded_to_bfloat16(builder, first), ir.Constant(INT_VECTOR, [16] * INT_VECTOR.count))
-    return builder.or_(low, rounded_to_bfloat16(builder, second))
+def _rounded(builder, first, second):
+    """The values of two float32 vectors rounded to bfloat16, end to end. Denormals become 0, as in a product."""
+    shorts = ir.VectorType(BFLOAT16, DEPTH)
+    kind = ir.FunctionType(shorts, [VECTOR, VECTOR])
+    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+    both = builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [second, first])
+    return builder.bitcast(both, _SHORTS)
 
 
 @intrinsic
@@ -182,9 +185,9 @@ def store_pairs(typing, first, second, memory, at):
 
     def generate(context, builder, signature, args):
         first, second, memory, at = args
-        pairs = _pairs(builder, first, second)
-        place = builder.bitcast(builder.gep(memory, [at]), INT_VECTOR.as_pointer())
-        builder.store(pairs, place).align = 2
+        values = _rounded(builder, first, second)
+        in_turn = ir.Constant(ir.VectorType(INT32, DEPTH), [i + start for i in range(TILE) for start in (0, TILE)])
+        unaligned_store(builder, builder.shuffle_vector(values, values, in_turn), builder.gep(memory, [at]), align=2)
         return context.get_dummy_value()
 
     return types.void(Vec, Vec, Bfloats, types.int64), generate
@@ -239,7 +242,6 @@ def pack_pairs(typing, x, width, row_ids, last, k, packed):
         x, width, row_ids, last, k, packed = args
         n = builder.sub(width, k)
         rest = builder.sub(n, INT64(TILE))
-        every_second = [ir.Constant(INT_VECTOR, list(range(start, 2 * TILE, 2))) for start in (0, 1)]
         tokens = []
         for r in range(TILE):
             exists = builder.icmp_signed("<", INT64(r), last)
@@ -248,8 +250,7 @@ def pack_pairs(typing, x, width, row_ids, last, k, packed):
             low = masked_load(builder, builder.gep(x, [at]), first_lanes(builder, n), ZEROS)
             at = builder.add(at, INT64(TILE))
             high = masked_load(builder, builder.gep(x, [at]), first_lanes(builder, rest), ZEROS)
-            pairs = _pairs(builder, *(builder.shuffle_vector(low, high, order) for order in every_second))
-            tokens.append(builder.bitcast(pairs, VECTOR))
+            tokens.append(builder.bitcast(_rounded(builder, low, high), VECTOR))
         for p, vector in enumerate(_transposed(builder, tokens)):
             place = builder.bitcast(builder.gep(packed, [INT64(DEPTH * p)]), VECTOR.as_pointer())
             builder.store(vector, place).align = 2

@@ -73,7 +73,9 @@ def has_amx() -> bool:
     Linux saves the unit's registers, 8 KiB, only for processes that have asked for it; children inherit the
     permission (Linux kernel documentation, x86/xstate). Not asked for before the first layer that wants it.
     """
-    if config.DISABLE_JIT or "amx-bf16" not in cpu_features() or not sys.platform.startswith("linux"):
+    if config.DISABLE_JIT or not sys.platform.startswith("linux"):
+        return False
+    if not {"amx-bf16", "avx512bf16"} <= cpu_features():
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0

@@ -18,6 +18,7 @@ from numba.core import cgutils, types
 from .plain import intrinsic
 from .target import GROUP_ROWS, LANES, TILE_COLUMNS, TILE_VECTORS, has_bf16_dot, register_constraint
 from .vector import (
+    BFLOAT16,
     BYTE,
     FLOAT,
     INT32,
@@ -144,20 +145,13 @@ class _Float32Products:
         return fma_ir(builder, rows, column, total)
 
 
-class _Bfloat16(ir.Type):
-    """LLVM's bfloat, which llvmlite does not know."""
-
-    def _to_string(self):
-        return "bfloat"
-
-
 class Bfloat16Products(_Float32Products):
     """bfloat16 times bfloat16 by AVX512-BF16: pairs of products added to each float32 lane."""
 
     step = 8
     block = ir.VectorType(ir.IntType(16), step)
     vector = ir.VectorType(ir.IntType(16), 2 * LANES)
-    pairs = ir.VectorType(_Bfloat16(), 2 * LANES)
+    pairs = ir.VectorType(BFLOAT16, 2 * LANES)
 
     @classmethod
     def load_rows(cls, builder, pointer):

@@ -29,6 +29,16 @@ SHORT_VECTOR = ir.VectorType(ir.IntType(16), LANES)
 ZEROS = ir.Constant(VECTOR, [0.0] * LANES)
 
 
+class _Bfloat16(ir.Type):
+    """LLVM's bfloat, which llvmlite does not know."""
+
+    def _to_string(self):
+        return "bfloat"
+
+
+BFLOAT16 = _Bfloat16()
+
+
 class VecType(types.Type):
     """Numba type of a vector of LANES float32 values."""
 
