@@ -22,7 +22,7 @@ from moe_numba.simd.outer import (
     outer_step_size,
     store_outer,
 )
-from moe_numba.simd.target import GROUP_ROWS, LANES, TILE_COLUMNS, has_bf16_dot
+from moe_numba.simd.target import GROUP_ROWS, LANES, TILE_COLUMNS, WIDE_COLUMNS, has_bf16_dot
 from moe_numba.simd.tile import (
     VECTORS,
     clamped_offsets,
@@ -32,6 +32,7 @@ from moe_numba.simd.tile import (
     prefetch_rows,
     step_size,
     store_sums,
+    wide_offsets,
     zero_tile,
 )
 from moe_numba.simd.vector import (
@@ -58,7 +59,7 @@ from moe_numba.simd.vector import (
 pytestmark = pytest.mark.plain
 
 #: Vectors of the tiles here.
-TWO = VECTORS[1]
+ONE, TWO = VECTORS[:2]
 
 VALUES = np.float32([0.0, -0.0, 1.0, -1.0, 0.5, 1e-45, -1e-40, 3e38, -3e38, 1e30, np.inf, -np.inf, np.nan])
 
@@ -214,6 +215,15 @@ def _dot_products(a, w, out, length, columns, apart):
     store_sums(tile, TWO, columns_at, out[0] == 0.0, pointer(out, 1), apart * columns, apart, columns)
 
 
+def _wide_dot_products(a, w, out, length, columns, apart):
+    columns_at = wide_offsets(length)
+    tile = zero_tile(ONE, columns_at)
+    x, v = pointer(a, 0), pointer(w, 0)
+    for k in range(0, length, step_size(x)):
+        tile = dot_step_partial(tile, x, ONE, v, columns_at, k, length - k)
+    store_sums(tile, ONE, columns_at, out[0] == 0.0, pointer(out, 1), apart * columns, apart, columns)
+
+
 def _outer_products(a, w, out, length, columns, _):
     rows_at, out_at = (length + 1, 0), (1, 1 + columns)
     x, v = pointer(a, 0), pointer(w, 0)
@@ -226,6 +236,12 @@ def _outer_products(a, w, out, length, columns, _):
     store_outer(tile, pointer(out, 0), out_at, columns)
 
 
+#: Columns of each kind of tile.
+TILES = {
+    _dot_products: range(1, TILE_COLUMNS + 1),
+    _wide_dot_products: (WIDE_COLUMNS,),
+    _outer_products: (1, LANES + 3, OUTER_COLUMNS),
+}
 BITS = np.dtype(np.uint16)
 OPERANDS = [(np.float32, np.float32), (np.float32, BITS), *([(BITS, BITS)] if has_bf16_dot() else [])]
 
@@ -236,14 +252,13 @@ def _operand(values, dtype):
 
 @pytest.mark.parametrize(("activations", "weights"), OPERANDS, ids=str)
 @pytest.mark.parametrize("length", [1, LANES, 2 * LANES + 3, 4 * LANES])
-@pytest.mark.parametrize("products", [_dot_products, _outer_products])
+@pytest.mark.parametrize("products", TILES)
 def test_tiles(rng, products, activations, weights, length):
-    widths = range(1, TILE_COLUMNS + 1) if products is _dot_products else (1, LANES + 3, OUTER_COLUMNS)
     # dpbf16ps adds a pair of products in an order of its own: of whole numbers the sum is exact in any.
     values = rng.integers(-9, 10, (2, 200, 5 * LANES)) if activations == BITS else random_array(rng, 2, 200, 5 * LANES)
-    for columns in widths:
+    for columns in TILES[products]:
         # Packed rows are filled up to whole steps.
-        size = 2 * GROUP_ROWS * (length + 8) if products is _dot_products else 2 * length + 2
+        size = 2 * length + 2 if products is _outer_products else 2 * GROUP_ROWS * (length + 8)
         a = _operand(values[0].ravel()[:size].astype(np.float32), activations)
         w = _operand(values[1].ravel()[: columns * length].astype(np.float32), weights)
         for first, apart in itertools.product((0.0, 1.0), (1, 3)):

@@ -1,6 +1,7 @@
 """Vectors, their mathematics, tiles of dot products, the shared counter."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from numpy.testing import assert_array_equal
 from moe_numba.simd import target
 from moe_numba.simd.atomic import take_next
 from moe_numba.simd.math import exp, logistic, normal_cdf
-from moe_numba.simd.target import GROUP_ROWS, LANES, TILE_VECTORS
+from moe_numba.simd.target import GROUP_ROWS, LANES, TILE_VECTORS, WIDE_COLUMNS
 from moe_numba.simd.tile import (
     TILE_COLUMNS,
     VECTORS,
@@ -20,6 +21,7 @@ from moe_numba.simd.tile import (
     dot_step_partial,
     step_size,
     store_sums,
+    wide_offsets,
     zero_tile,
 )
 from moe_numba.simd.vector import (
@@ -197,9 +199,8 @@ def test_round_even_and_powers_of_two():
 # ---- tiles ----
 
 
-@compiled
-def _dot_products(a, vectors, w, w_stride, length, first, out, out_at, out_stride, apart, columns):
-    columns_at = clamped_offsets(w_stride, columns - 1)
+@njit
+def _tile(a, vectors, w, columns_at, length, first, out, out_at, out_stride, apart, columns):
     rows, weights = pointer(a, 0), pointer(w, 0)
     tile = zero_tile(vectors, columns_at)
     step = step_size(rows)
@@ -211,6 +212,18 @@ def _dot_products(a, vectors, w, w_stride, length, first, out, out_at, out_strid
     store_sums(tile, vectors, columns_at, first, pointer(out, out_at), out_stride, apart, columns)
 
 
+@compiled
+def _dot_products(a, vectors, w, w_stride, length, first, out, out_at, out_stride, apart, columns):
+    columns_at = clamped_offsets(w_stride, columns - 1)
+    _tile(a, vectors, w, columns_at, length, first, out, out_at, out_stride, apart, columns)
+
+
+@compiled
+def _wide_dot_products(a, vectors, w, w_stride, length, first, out, out_at, out_stride, apart, columns):
+    columns_at = wide_offsets(w_stride)
+    _tile(a, vectors, w, columns_at, length, first, out, out_at, out_stride, apart, columns)
+
+
 def _packed(a):
     """As tile.py describes it."""
     (rows, length), step = a.shape, 4
@@ -219,10 +232,13 @@ def _packed(a):
     return np.ascontiguousarray(padded.reshape(rows, -1, step).swapaxes(0, 1))
 
 
-@pytest.mark.parametrize("vectors", range(1, TILE_VECTORS + 1))
-@pytest.mark.parametrize("columns", range(1, TILE_COLUMNS + 1))
+TILES = [*product(range(1, TILE_VECTORS + 1), range(1, TILE_COLUMNS + 1)), (1, WIDE_COLUMNS)]
+
+
+@pytest.mark.parametrize(("vectors", "columns"), TILES)
 @pytest.mark.parametrize("apart", [1, 3])
 def test_tile_of_dot_products(rng, vectors, columns, apart):
+    products = _dot_products if columns <= TILE_COLUMNS else _wide_dot_products
     rows = vectors * GROUP_ROWS
     for length in (1, 3, 4, 5, 3 * 16 + 2):
         # Small integers: every order of additions gives the same, exact sum.
@@ -234,7 +250,7 @@ def test_tile_of_dot_products(rng, vectors, columns, apart):
         packed = guarded_copy(_packed(a))
         for first, times in ((True, 1), (False, 2)):  # stored, then added to what is there
             args = (w, length, length, first, out, 1, stride, apart, columns)
-            _dot_products(packed, VECTORS[vectors - 1], *args)
+            products(packed, VECTORS[vectors - 1], *args)
             expected[:, 1 : 1 + columns * apart : apart] = times * (a @ w.T)
             assert_array_equal(out, expected)
 

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from numba import config, extending
 
-from .target import GROUP_ROWS, LANES, OUTER_VECTORS, TILE_COLUMNS
+from .target import GROUP_ROWS, LANES, OUTER_VECTORS, TILE_COLUMNS, WIDE_COLUMNS
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -190,6 +190,10 @@ def zero_tile(vectors, columns_at):
 
 def clamped_offsets(stride, last):
     return tuple(min(j, last) * stride for j in range(TILE_COLUMNS))
+
+
+def wide_offsets(stride):
+    return tuple(j * stride for j in range(WIDE_COLUMNS))
 
 
 def step_size(a):

@@ -94,6 +94,8 @@ GROUP_ROWS = LANES // 4
 #: weights fill 29 of 32 registers; 2 x 6 fill 15 of 16.
 TILE_VECTORS = 4 if has_32_registers() else 2
 TILE_COLUMNS = 6
+#: Weight rows of a tile with a single vector of activations: 12 accumulators fit everywhere.
+WIDE_COLUMNS = 2 * TILE_COLUMNS
 #: Vectors of columns in a tile of outer products. 4 x 6 accumulators, 6 vectors of weights and one activation fill 31
 #: of 32 registers; 4 x 2 with theirs 11 of 16.
 OUTER_VECTORS = min(6, LANES) if has_32_registers() else 2

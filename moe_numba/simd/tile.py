@@ -16,7 +16,15 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from .plain import intrinsic
-from .target import GROUP_ROWS, LANES, TILE_COLUMNS, TILE_VECTORS, has_bf16_dot, register_constraint
+from .target import (
+    GROUP_ROWS,
+    LANES,
+    TILE_COLUMNS,
+    TILE_VECTORS,
+    WIDE_COLUMNS,
+    has_bf16_dot,
+    register_constraint,
+)
 from .vector import (
     BFLOAT16,
     BYTE,
@@ -72,6 +80,17 @@ def clamped_offsets(typing, stride, last):
         return context.make_tuple(builder, offsets, clamped(builder, *args, TILE_COLUMNS))
 
     return offsets(types.int64, types.int64), generate
+
+
+@intrinsic
+def wide_offsets(typing, stride):
+    """Offsets j * stride for j = 0 .. WIDE_COLUMNS - 1."""
+    offsets = types.UniTuple(types.int64, WIDE_COLUMNS)
+
+    def generate(context, builder, signature, args):
+        return context.make_tuple(builder, offsets, [builder.mul(args[0], INT64(j)) for j in range(WIDE_COLUMNS)])
+
+    return offsets(types.int64), generate
 
 
 def _prefetch_ir(builder, place):
@@ -329,23 +348,31 @@ def store_sums(typing, tile, vectors, columns_at, first, out, out_stride, apart,
             for i in range(vectors.count)
             for row in range(GROUP_ROWS)
         ]
+        widths = [width for _, width in _chunks(columns)]
 
         def write_together():
-            there = first_lanes(builder, n, run.count)
+            for start in range(0, columns, run.count):
+                write_run(start)
+
+        def write_run(start):
+            """Up to 8 columns, from `start` on: those of two chunks."""
+            there = first_lanes(builder, builder.sub(n, INT64(start)), run.count)
             zeros = ir.Constant(run, None)
+            part = slice(start // 4, start // 4 + 2)
+            runs = [(builder.gep(row, [INT64(start)]), sums[part], lane) for row, sums, lane in rows]
             # A masked load, even of nothing, would wait for what the tile before stored beside it (a layer of H = 64,
             # F = 128, one token: 0.2 us of 17).
             started = builder.basic_block
             with builder.if_then(builder.not_(first)):
-                read = [masked_load(builder, place, there, zeros) for place, _, _ in rows]
+                read = [masked_load(builder, place, there, zeros) for place, _, _ in runs]
                 finished = builder.basic_block
-            before = [builder.phi(run) for _ in rows]
+            before = [builder.phi(run) for _ in runs]
             for value, old in zip(before, read, strict=True):
                 value.add_incoming(zeros, started)
                 value.add_incoming(old, finished)
-            for (place, sums, lane), old in zip(rows, before, strict=True):
-                lanes = [LANES * c + lane + i for c, (_, width) in enumerate(_chunks(columns)) for i in range(width)]
-                lanes += [lane] * (run.count - columns)
+            for (place, sums, lane), old in zip(runs, before, strict=True):
+                lanes = [LANES * c + lane + i for c, width in enumerate(widths[part]) for i in range(width)]
+                lanes += [lane] * (run.count - len(lanes))
                 value = builder.shuffle_vector(sums[0], sums[-1], ir.Constant(ir.VectorType(INT32, run.count), lanes))
                 masked_store(builder, builder.fadd(old, value), place, there)
 
@@ -354,7 +381,7 @@ def store_sums(typing, tile, vectors, columns_at, first, out, out_stride, apart,
             for row, sums, lane in rows:
                 values = [
                     builder.extract_element(chunk, INT32(lane + i))
-                    for chunk, (_, width) in zip(sums, _chunks(columns), strict=True)
+                    for chunk, width in zip(sums, widths, strict=True)
                     for i in range(width)
                 ]
                 # All are read before any is written: what is computed twice is added once. What lies there
