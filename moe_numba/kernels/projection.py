@@ -62,9 +62,9 @@ STREAM_ACTIVATIONS = 128
 FETCH_LINES = 16
 #: Cache lines by which a second request for weights is ahead of the first. Processors of Intel read ahead of a stream
 #: whose lines are asked for twice within the same page of 4 KiB (Xeon, one core, six streams: 17 GB/s if each line is
-#: asked for a page before it is needed, 18.4 if it has been 8 lines earlier, too; 12 and 16 lines are slower). AMD gains
-#: with more rows, where it is asked at all (EPYC, olmoe, 8 rows per expert: float32 4 %, bfloat16 6 to 8 % faster; 4 and
-#: 16 lines less so, 32 lines and a request for the strip after the next one 0 to 3 %).
+#: asked for a page before it is needed, 18.4 if it has been 8 lines earlier, too; 12 and 16 lines are slower). AMD
+#: gains with more rows, where it is asked at all (EPYC, olmoe, 8 rows per expert: float32 4 %, bfloat16 6 to 8 %
+#: faster; 4 and 16 lines less so, 32 lines and a request for the strip after the next one 0 to 3 %).
 REPEAT_LINES = 8
 #: Cache lines from the end of one stream's requests to the next one's, so that streams come to the end of a page one
 #: after the other: there the processor has to find each of them anew (float32, T = 1 and 4: 5 and 6 % faster).
