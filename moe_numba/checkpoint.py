@@ -34,7 +34,7 @@ class Checkpoint:
         if not isinstance(files, dict):
             raise CheckpointError(f"{path}: must hold an object weight_map")
         for name, file in files.items():
-            if not isinstance(file, str) or file != os.path.basename(file) or not file.endswith(".safetensors"):
+            if not isinstance(file, str) or os.sep in file or not file.endswith(".safetensors"):
                 where = f"is said to be in {file!r:.80}, which is no file beside it"
                 raise CheckpointError(f"{path}: tensor {name:.200} {where}")
         return files

@@ -22,11 +22,14 @@ def list_moe_layers(path) -> list[int | str]:
     """
     checkpoint = Checkpoint(path)
     family, _ = _family(checkpoint)
+    names = {block: _full(block, family.router).split("{layer}") for block in _blocks(family)}
+    # All at once: there are a dozen names, and hundreds of thousands of tensors in an index at its limit.
+    ends = tuple(after for _, after in names.values())
+    routers = [tensor for tensor in checkpoint if tensor.endswith(ends)]
     found = []
-    for block in _blocks(family):
-        before, after = _full(block, family.router).split("{layer}")
+    for block, (before, after) in names.items():
         name = re.compile(f"{re.escape(before)}([0-9]+){re.escape(after)}")
-        numbers = sorted(int(match[1]) for tensor in checkpoint if (match := name.fullmatch(tensor)))
+        numbers = sorted(int(match[1]) for tensor in routers if (match := name.fullmatch(tensor)))
         found += [f"{_stack(block)}.{n}" if _stack(block) else n for n in numbers]
     return found
 
