@@ -208,7 +208,7 @@ def _project_short(a, w, columns, length, out, out_stride):
 def project(a, stride, rows, w, columns, length, then, out, out_stride):
     """out[r, j] = row r of a . w[j] for r < rows (at most ROW_BLOCK) and j < columns.
 
-    Rows meet TILE_COLUMNS weight rows at a time, a block of K after the other, while the next weight rows are
+    Rows meet TILE_COLUMNS weight rows at a time, or more, a block of K after the other, while the next weight rows are
     fetched. Which ones these are, adjacent or far apart, depends on the number of rows; a row's values do not.
 
     All but the integers are pointers:

@@ -239,7 +239,7 @@ def _finished(builder, sums):
 
     Without it LLVM collects the loads of several steps in front of their multiplications, and spills most of the tile
     (Xeon: a third to half of the speed); with one for a whole step, not for each column, three sums of the largest tile
-    (EPYC, many tokens: 5 to 8 %, depending on where the stack lies).
+    (EPYC, many tokens: 4 to 8 %, depending on where the stack lies).
     """
     if register_constraint() is None:
         return sums
