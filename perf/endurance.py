@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from helpers import as_bfloat16, assert_close, assert_routing, assert_same_bits, block_reference, random_layer  # noqa: E402
 
 from moe_numba import config, get_num_threads, set_num_threads, threads  # noqa: E402
+from moe_numba._warmup import warmup  # noqa: E402
 
 WORKERS = 4
 LAYERS = 12
@@ -138,6 +139,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
 
+    warmup()  # a compiler's memory is no leak
     threads.SERIAL_BELOW = 0  # small layers run on all threads too
     run = Run(options.seed, 60 * options.minutes)
     start = time.monotonic()

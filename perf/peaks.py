@@ -39,7 +39,7 @@ from moe_numba.simd.tile import (
     TILE_ROWS,
     VECTORS,
     clamped_offsets,
-    dot_step,
+    dot_line,
     line_size,
     prefetch,
     step_size,
@@ -134,12 +134,12 @@ def _registers(pieces, steps):
 def _tiles_worker(a, w, length, out, counters, pieces, steps):
     """`steps` times one step of the largest tile along rows of `length` values, for every piece."""
     columns_at = clamped_offsets(length, TILE_COLUMNS - 1)
-    step = step_size(a)
+    step, line = step_size(a), line_size(w)
     while take_next(counters, 0) < pieces:
         tile = zero_tile(LARGEST, columns_at)
         for _ in range(steps * step // length):
-            for k in range(0, length, step):
-                tile = dot_step(tile, a, LARGEST, w, columns_at, k)
+            for k in range(0, length, line):
+                tile = dot_line(tile, a, LARGEST, w, columns_at, k)
         store_sums(tile, LARGEST, columns_at, True, out, LANES, 1, TILE_COLUMNS)
 
 

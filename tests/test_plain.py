@@ -26,8 +26,8 @@ from moe_numba.simd.target import GROUP_ROWS, LANES, TILE_COLUMNS, WIDE_COLUMNS,
 from moe_numba.simd.tile import (
     VECTORS,
     clamped_offsets,
+    dot_line,
     dot_step,
-    dot_step_partial,
     line_size,
     prefetch_rows,
     step_size,
@@ -101,7 +101,7 @@ import numpy as np
 from moe_numba.kernels import projection
 from moe_numba.simd.vector import pointer
 a, w, out = (pointer(np.ones(n, np.float32), 0) for n in (4 * 40, 3 * 40 - {missing}, 4 * 3))
-projection.project(a, 40, 2, w, 3, 40, 0, out, 3)
+projection.project(a, 40, 4, w, 3, 40, 0, out, 3)
 print(out.values.tolist())
 """
 
@@ -205,12 +205,11 @@ def _dot_products(a, w, out, length, columns, apart):
     columns_at = clamped_offsets(length, columns - 1)
     tile = zero_tile(TWO, columns_at)
     x, v = pointer(a, 0), pointer(w, 0)
-    step = step_size(x)
-    whole = length - length % step
-    for k in range(0, whole, step):
-        tile = dot_step(tile, x, TWO, v, columns_at, k)
-    if whole < length:
-        tile = dot_step_partial(tile, x, TWO, v, columns_at, whole, length - whole)
+    whole = length - length % line_size(v)
+    for k in range(0, whole, line_size(v)):
+        tile = dot_line(tile, x, TWO, v, columns_at, k)
+    for k in range(whole, length, step_size(x)):
+        tile = dot_step(tile, x, TWO, v, columns_at, k, length - k)
     prefetch_rows(v, 0, length, columns)
     store_sums(tile, TWO, columns_at, out[0] == 0.0, pointer(out, 1), apart * columns, apart, columns)
 
@@ -220,7 +219,7 @@ def _wide_dot_products(a, w, out, length, columns, apart):
     tile = zero_tile(ONE, columns_at)
     x, v = pointer(a, 0), pointer(w, 0)
     for k in range(0, length, step_size(x)):
-        tile = dot_step_partial(tile, x, ONE, v, columns_at, k, length - k)
+        tile = dot_step(tile, x, ONE, v, columns_at, k, length - k)
     store_sums(tile, ONE, columns_at, out[0] == 0.0, pointer(out, 1), apart * columns, apart, columns)
 
 

@@ -17,8 +17,9 @@ from moe_numba.simd.tile import (
     TILE_COLUMNS,
     VECTORS,
     clamped_offsets,
+    dot_line,
     dot_step,
-    dot_step_partial,
+    line_size,
     step_size,
     store_sums,
     wide_offsets,
@@ -203,12 +204,12 @@ def test_round_even_and_powers_of_two():
 def _tile(a, vectors, w, columns_at, length, first, out, out_at, out_stride, apart, columns):
     rows, weights = pointer(a, 0), pointer(w, 0)
     tile = zero_tile(vectors, columns_at)
-    step = step_size(rows)
-    whole = length - length % step
-    for k in range(0, whole, step):
-        tile = dot_step(tile, rows, vectors, weights, columns_at, k)
-    if whole < length:
-        tile = dot_step_partial(tile, rows, vectors, weights, columns_at, whole, length - whole)
+    line = line_size(weights)
+    whole = length - length % line
+    for k in range(0, whole, line):
+        tile = dot_line(tile, rows, vectors, weights, columns_at, k)
+    for k in range(whole, length, step_size(rows)):
+        tile = dot_step(tile, rows, vectors, weights, columns_at, k, length - k)
     store_sums(tile, vectors, columns_at, first, pointer(out, out_at), out_stride, apart, columns)
 
 

@@ -22,8 +22,8 @@ from ..simd.tile import (
     TILE_COLUMNS,
     VECTORS,
     clamped_offsets,
+    dot_line,
     dot_step,
-    dot_step_partial,
     line_size,
     prefetch,
     prefetch_rows,
@@ -38,10 +38,11 @@ from ..simd.vector import element, load, offset, splat, store_operand
 ROW_BLOCK = 128
 #: Steps along K whose sums are added up in one chain: 1,024 float32 values, or 2,048 bfloat16.
 BLOCK_STEPS = 256
-#: Activations per pass in cache lines: 768 KiB, which stay in the second-level cache (1 MiB and
-#: more) while the weight rows stream past. Many rows take K in several passes, few rows in one (Xeon, olmoe, float32,
-#: T = 2048: with half of it 3 % slower, with twice of it 1 %).
-PASS_LINES = 12288
+#: Activations per pass in cache lines, which stay in the second-level cache while the weight rows stream past. Many
+#: rows take K in several passes, few rows in one. 768 KiB of the 1 MiB and more that processors with AVX-512 have
+#: (Xeon, olmoe, float32, T = 2048: with half of it 3 % slower, with twice of it 1 %), half of it elsewhere (Zen 3,
+#: 512 KiB, olmoe, T = 512: with 768 KiB 2 to 3 % slower).
+PASS_LINES = 12288 if LANES == 16 else 6144
 #: Streams of weights that few rows read side by side (`_project_streams`). Processors that read ahead by themselves do
 #: so best with few; a single one would wait for its sums, whose chain takes 16 cycles a cache line.
 STREAMS = 3 if READS_AHEAD else TILE_COLUMNS
@@ -130,10 +131,9 @@ def _tile(a, vectors, w, columns_at, length, fetch, first, out, out_stride, apar
         prefetch_rows(w, place + k, stride, rows)
         if again > 0:
             prefetch_rows(w, place + again + k, stride, rows)
-        for m in range(k, k + line, step):
-            tile = dot_step(tile, a, vectors, w, columns_at, m)
+        tile = dot_line(tile, a, vectors, w, columns_at, k)
     for k in range(whole, length, step):
-        tile = dot_step_partial(tile, a, vectors, w, columns_at, k, length - k)
+        tile = dot_step(tile, a, vectors, w, columns_at, k, length - k)
     store_sums(tile, vectors, columns_at, first, out, out_stride, apart, n)
 
 

@@ -22,8 +22,8 @@ from .vector import (
     first_lanes,
     fma_ir,
     masked_load,
-    masked_store,
     splat_ir,
+    store_first,
     unaligned_load,
     unpack,
 )
@@ -200,7 +200,7 @@ def store_outer(typing, tile, out, out_at, n):
         for at in unpack(builder, out_at, rows):
             for j in range(OUTER_VECTORS):
                 place = _place(builder, out, at, j * LANES)
-                masked_store(builder, next(vectors), place, _left(builder, n, j * LANES, LANES))
+                store_first(builder, next(vectors), place, builder.sub(n, INT64(j * LANES)))
         return context.get_dummy_value()
 
     return types.void(tile, Floats, out_at, types.int64), generate

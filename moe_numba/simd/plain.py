@@ -204,11 +204,13 @@ def line_size(memory):
     return 64 // memory.values.itemsize
 
 
-def dot_step(tile, a, vectors, w, columns_at, k):
-    return dot_step_partial(tile, a, vectors, w, columns_at, k, step_size(a))
+def dot_line(tile, a, vectors, w, columns_at, k):
+    for at in range(k, k + line_size(w), step_size(a)):
+        tile = dot_step(tile, a, vectors, w, columns_at, at, step_size(a))
+    return tile
 
 
-def dot_step_partial(tile, a, vectors, w, columns_at, k, n):
+def dot_step(tile, a, vectors, w, columns_at, k, n):
     # Of bfloat16 activations, two neighbouring products meet in a lane.
     step = step_size(a)
     rows = len(vectors) * GROUP_ROWS

@@ -112,6 +112,21 @@ def masked_store(builder, value, pointer, mask):
     builder.call(store, [value, builder.bitcast(pointer, value.type.as_pointer()), INT32(2), mask])
 
 
+def store_first(builder, value, pointer, n):
+    """Write the first n lanes.
+
+    Whole vectors without a mask, except with AVX-512: AVX2's masked store is 18 to 42 operations on AMD's processors.
+    """
+    if LANES == 16:
+        masked_store(builder, value, pointer, first_lanes(builder, n, value.type.count))
+        return
+    with builder.if_else(builder.icmp_signed(">=", n, INT64(value.type.count))) as (whole, part):
+        with whole:
+            unaligned_store(builder, value, pointer)
+        with part:
+            masked_store(builder, value, pointer, first_lanes(builder, n, value.type.count))
+
+
 def fma_ir(builder, a, b, c):
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(VECTOR, [VECTOR] * 3), f"llvm.fma.v{LANES}f32"
@@ -202,7 +217,7 @@ def store(typing, value, memory, at, n):
 
     def generate(context, builder, signature, args):
         value, memory, at, n = args
-        masked_store(builder, value, builder.gep(memory, [at]), first_lanes(builder, n))
+        store_first(builder, value, builder.gep(memory, [at]), n)
         return context.get_dummy_value()
 
     return types.void(Vec, Floats, types.int64, types.int64), generate
