@@ -38,6 +38,7 @@ from workloads import WORKLOADS, make_inputs, make_layer
 import moe_numba
 from moe_numba import reference
 from moe_numba.config import ACTIVATIONS, DTYPES
+from moe_numba.simd.target import has_bf16_dot, register_bits
 
 DEFAULT_WORKLOADS = ("olmoe", "qwen3", "mixtral")
 TOKENS = (1, 4, 16, 64, 512, 2048)
@@ -256,6 +257,8 @@ class VllmPeer(TorchPeer):
     biases = False
     copies = 1
     ids_dtype = "int32"
+    #: What `packed` calls.
+    packing = ""
 
     def prepare(self, weights):
         super().prepare(weights)
@@ -264,13 +267,18 @@ class VllmPeer(TorchPeer):
         found = find_spec("vllm")
         if found is None:
             raise Unable("vllm is not installed")
-        self.torch.ops.load_library(str(Path(found.origin).with_name("_C.abi3.so")))
+        # It has one for each instruction set, all with the same namespace.
+        extension = "_C" if has_bf16_dot() else "_C_AVX512" if register_bits() == 512 else "_C_AVX2"
+        self.torch.ops.load_library(str(Path(found.origin).with_name(f"{extension}.abi3.so")))
         self.ops = self.torch.ops._C
+        if not hasattr(self.ops, self.packing):
+            raise Unable(f"not for this processor ({extension} has no {self.packing})")
         self.up, self.down = self.packed(self.up), self.packed(self.down)
 
 
 class VllmVec(VllmPeer):
     name = 'vLLM CPU, "vec"'
+    packing = "prepack_moe_weight"
 
     def packed(self, weight):
         packed = self.torch.empty_like(weight)
@@ -288,6 +296,7 @@ class VllmFused(VllmPeer):
     """The kernel that it has from sglang."""
 
     name = "vLLM CPU, fused_experts_cpu"
+    packing = "convert_weight_packed"
     dtypes = ("bfloat16",)
 
     def packed(self, weight):
