@@ -11,8 +11,8 @@ from ._aligned import CACHE_LINE
 from ._jit import Kernel
 from .kernels import amx, amx_transposed, experts, projection
 from .simd.amx import DEPTH, PACKED_TILE, SUMS, TILE
+from .simd.products import operand_dtype
 from .simd.target import GROUP_ROWS, has_amx
-from .simd.tile import operand_dtype
 
 
 class Sizes(NamedTuple):

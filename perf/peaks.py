@@ -33,6 +33,7 @@ from moe_numba.simd.amx import (
 )
 from moe_numba.simd.amx import store_sums as store_tile_sums
 from moe_numba.simd.atomic import take_next
+from moe_numba.simd.products import line_size, step_size
 from moe_numba.simd.target import LANES, TILE_VECTORS, has_amx, has_bf16_dot
 from moe_numba.simd.tile import (
     TILE_COLUMNS,
@@ -40,9 +41,7 @@ from moe_numba.simd.tile import (
     VECTORS,
     clamped_offsets,
     dot_line,
-    line_size,
     prefetch,
-    step_size,
     store_sums,
     zero_tile,
 )

@@ -22,15 +22,17 @@ from moe_numba.simd.outer import (
     outer_step_size,
     store_outer,
 )
-from moe_numba.simd.target import GROUP_ROWS, LANES, TILE_COLUMNS, WIDE_COLUMNS, has_bf16_dot
+from moe_numba.simd.products import line_size, step_size
+from moe_numba.simd.target import GROUP_ROWS, LANES, ROW_COLUMNS, TILE_COLUMNS, WIDE_COLUMNS, has_bf16_dot
 from moe_numba.simd.tile import (
+    ROW_VECTORS,
     VECTORS,
     clamped_offsets,
     dot_line,
     dot_step,
-    line_size,
     prefetch_rows,
-    step_size,
+    row_dot_line,
+    store_row_sums,
     store_sums,
     wide_offsets,
     zero_tile,
@@ -223,6 +225,15 @@ def _wide_dot_products(a, w, out, length, columns, apart):
     store_sums(tile, ONE, columns_at, out[0] == 0.0, pointer(out, 1), apart * columns, apart, columns)
 
 
+def _row_products(a, w, out, length, columns, apart):
+    columns_at = clamped_offsets(length, columns - 1)[:ROW_COLUMNS]
+    tile = zero_tile(ONE, columns_at[:ROW_VECTORS])
+    x, v = pointer(a, 0), pointer(w, 0)
+    for k in range(0, length - length % line_size(v), line_size(v)):
+        tile = row_dot_line(tile, x, v, columns_at, k)
+    store_row_sums(tile, columns_at, out[0] == 0.0, pointer(out, 1), apart, columns)
+
+
 def _outer_products(a, w, out, length, columns, _):
     rows_at, out_at = (length + 1, 0), (1, 1 + columns)
     x, v = pointer(a, 0), pointer(w, 0)
@@ -239,6 +250,7 @@ def _outer_products(a, w, out, length, columns, _):
 TILES = {
     _dot_products: range(1, TILE_COLUMNS + 1),
     _wide_dot_products: (WIDE_COLUMNS,),
+    _row_products: range(1, ROW_COLUMNS + 1),
     _outer_products: (1, LANES + 3, OUTER_COLUMNS),
 }
 BITS = np.dtype(np.uint16)

@@ -12,6 +12,7 @@ from numpy.testing import assert_array_equal
 from moe_numba.simd import target
 from moe_numba.simd.atomic import take_next
 from moe_numba.simd.math import exp, logistic, normal_cdf
+from moe_numba.simd.products import line_size, step_size
 from moe_numba.simd.target import GROUP_ROWS, LANES, TILE_VECTORS, WIDE_COLUMNS
 from moe_numba.simd.tile import (
     TILE_COLUMNS,
@@ -19,8 +20,6 @@ from moe_numba.simd.tile import (
     clamped_offsets,
     dot_line,
     dot_step,
-    line_size,
-    step_size,
     store_sums,
     wide_offsets,
     zero_tile,

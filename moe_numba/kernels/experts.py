@@ -7,8 +7,9 @@ from numba import prange
 
 from .._jit import helper, inline, kernel
 from ..simd.atomic import take_next
+from ..simd.products import step_size
 from ..simd.target import GROUP_ROWS, LANES
-from ..simd.tile import prefetch, step_size
+from ..simd.tile import prefetch
 from ..simd.vector import even_lanes, fma, load, odd_lanes, offset, pointer, splat, store, store_operand
 from .activations import activate, gated
 from .plan import MOST_COLUMNS, PIECES, Rows, columns_per_piece, most_rows, output_piece, piece

@@ -17,17 +17,19 @@ from ..simd.outer import (
     outer_step_size,
     store_outer,
 )
-from ..simd.target import GROUP_ROWS, LANES, READS_AHEAD, TILE_VECTORS, WIDE_COLUMNS
+from ..simd.products import line_size, step_size
+from ..simd.target import GROUP_ROWS, LANES, READS_AHEAD, ROW_COLUMNS, TILE_VECTORS, WIDE_COLUMNS
 from ..simd.tile import (
+    ROW_VECTORS,
     TILE_COLUMNS,
     VECTORS,
     clamped_offsets,
     dot_line,
     dot_step,
-    line_size,
     prefetch,
     prefetch_rows,
-    step_size,
+    row_dot_line,
+    store_row_sums,
     store_sums,
     wide_offsets,
     zero_tile,
@@ -192,6 +194,26 @@ def _project_streams(a, stride, parts, w, columns, length, block, out, out_strid
 
 
 @helper
+def _project_row(a, w, columns, length, block, out):
+    """`project` of a single row, by weights that are widened: ROW_COLUMNS streams, half as many instructions."""
+    apart = (columns + ROW_COLUMNS - 1) // ROW_COLUMNS
+    w_stride = apart * length
+    line = line_size(w)
+    soon, ahead = REPEAT_LINES * line, w_stride + SKEW_LINES * line
+    for j in range(apart):
+        n = min(ROW_COLUMNS, (columns - j + apart - 1) // apart)
+        columns_at = clamped_offsets(w_stride, n - 1)[:ROW_COLUMNS]
+        for start in range(0, length, block):
+            x, v = offset(a, start * GROUP_ROWS), offset(w, j * length + start)
+            tile = zero_tile(VECTORS[0], columns_at[:ROW_VECTORS])
+            for k in range(0, min(block, length - start), line):
+                prefetch_rows(v, soon + k, ahead, ROW_COLUMNS)
+                prefetch_rows(v, 2 * soon + k, ahead, ROW_COLUMNS)
+                tile = row_dot_line(tile, x, v, columns_at, k)
+            store_row_sums(tile, columns_at, start == 0, offset(out, j), apart, n)
+
+
+@helper
 def _project_short(a, w, columns, length, out, out_stride):
     """`project` of one group of rows and short weight rows, for which the time is that of calling tiles: wide ones."""
     nothing = (0, 0, 0, 0)
@@ -228,6 +250,10 @@ def project(a, stride, rows, w, columns, length, then, out, out_stride):
     size = parts[0] * GROUP_ROWS
     again = REPEAT_LINES * line_size(w) if READS_AHEAD else 0
     span = max(1, PASS_LINES * line_size(a) // (size * block)) * block
+    widened = line_size(w) > 4 * step_size(a)  # bfloat16 without a dot product of its own
+    if widened and rows == 1 and length >= STREAM_LINES * line_size(w) and length % line_size(w) == 0:
+        _project_row(a, w, columns, length, block, out)
+        return
     few = rows <= STREAM_ROWS and length >= STREAM_LINES * line_size(w) and span >= length
     if few and (not READS_AHEAD or size * length <= STREAM_ACTIVATIONS * line_size(a)):
         _project_streams(a, stride, parts, w, columns, length, block, out, out_stride)

@@ -1,7 +1,8 @@
 """SIMD vectors for Numba: the only package that contains LLVM IR.
 
 `target` says how wide a register is and how many there are, `vector` is one register and
-its arithmetic, `tile` is a block of registers that accumulates dot products, `math` is
-exp and friends on vectors, `atomic` is the shared counter from which threads take work. `plain` does
+its arithmetic, `products` multiplies and adds activations and weights of any types, `tile` is a block of
+registers that accumulates dot products, `outer` one of outer products, `amx` the registers of a matrix unit,
+`math` is exp and friends on vectors, `atomic` is the shared counter from which threads take work. `plain` does
 the same in NumPy, for when the JIT is off.
 """

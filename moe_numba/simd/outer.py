@@ -8,8 +8,8 @@ from llvmlite import ir
 from numba.core import types
 
 from .plain import intrinsic
+from .products import Bfloat16Products
 from .target import LANES, OUTER_VECTORS
-from .tile import Bfloat16Products
 from .vector import (
     INT32,
     INT64,

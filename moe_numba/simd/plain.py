@@ -222,12 +222,28 @@ def dot_step(tile, a, vectors, w, columns_at, k, n):
     return sums.reshape(tile.shape)
 
 
+def row_dot_line(tile, a, w, columns_at, k):
+    step = step_size(a)
+    sums = tile.reshape(len(columns_at), 4)
+    for at in range(k, k + line_size(w), step):
+        values = a.floats(at * GROUP_ROWS, step, step)
+        columns = np.stack([w.floats(start + at, step, step) for start in columns_at])
+        for i in range(step // 4):
+            sums = fma(values[i :: step // 4], columns[:, i :: step // 4], sums)
+    return sums.reshape(tile.shape)
+
+
 def store_sums(tile, vectors, columns_at, first, out, out_stride, apart, n):
     sums = _fold(tile.reshape(*tile.shape[:2], GROUP_ROWS, 4), np.add)[:, :n]
     for r, row in enumerate(sums.swapaxes(1, 2).reshape(-1, n)):
         for j, value in enumerate(row):
             at = r * out_stride + j * apart
             out.write(at, value[None] + (np.zeros(1, np.float32) if first else out.read(at, 1)))
+
+
+def store_row_sums(tile, columns_at, first, out, apart, n):
+    for j, value in enumerate(_fold(tile.reshape(-1, 4), np.add)[:n]):
+        out.write(j * apart, value[None] + (np.zeros(1, np.float32) if first else out.read(j * apart, 1)))
 
 
 # ---- tiles of outer products ----

@@ -98,7 +98,9 @@ TILE_VECTORS, TILE_COLUMNS = (4, 6) if has_32_registers() else (3, 4)
 #: Weight rows of a tile with a single vector of activations. Twice as many as of the largest fit everywhere (Zen 3, H =
 #: 64, F = 128, 1 and 4 tokens: with 8 up to 5 % faster than with 12).
 WIDE_COLUMNS = 2 * TILE_COLUMNS
+#: Weight rows of a tile with a single activation row.
+ROW_COLUMNS = 4
 #: Vectors of columns in a tile of outer products. 4 x 6 accumulators, 6 vectors of weights and one activation fill 31
-#: of 32 registers; 4 x 2 with theirs 11 of 16, but columns end where cache lines do (Zen 3, gpt-oss, float32, T = 1, 16,
-#: 512: with 3 vectors 30, 28 and 7 % slower).
+#: of 32 registers; 4 x 2 with theirs 11 of 16, but columns end where cache lines do (Zen 3, gpt-oss, float32, T = 1,
+#: 16, 512: with 3 vectors 30, 28 and 7 % slower).
 OUTER_VECTORS = min(6, LANES) if has_32_registers() else 2

@@ -9,36 +9,30 @@ Packed activations: a tile of R rows holds value k of row r at (k // B * R + r) 
 values in 128 bits. Behind the last value are zeros up to a multiple of B.
 """
 
-from functools import lru_cache
-
-import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 
 from .plain import intrinsic
+from .products import LINE_BITS, PRODUCTS
 from .target import (
     GROUP_ROWS,
     LANES,
+    ROW_COLUMNS,
     TILE_COLUMNS,
     TILE_VECTORS,
     WIDE_COLUMNS,
-    has_32_registers,
-    has_bf16_dot,
     register_constraint,
 )
 from .vector import (
-    BFLOAT16,
     BYTE,
     FLOAT,
     INT32,
     INT64,
     VECTOR,
     ZEROS,
-    Bfloats,
     Floats,
     Vec,
     first_lanes,
-    fma_ir,
     masked_load,
     masked_store,
     unaligned_load,
@@ -46,13 +40,13 @@ from .vector import (
     unpack,
 )
 
-#: Bits of a cache line.
-LINE_BITS = 512
 #: Activation rows of the largest tile.
 TILE_ROWS = TILE_VECTORS * GROUP_ROWS
 #: What stands for the number of vectors of a tile where it decides what is compiled: a tuple of as many entries. Those
 #: that would not fit into the registers are never used, and not compiled.
 VECTORS = tuple(tuple(range(min(vectors, TILE_VECTORS))) for vectors in range(1, 5))
+#: Vectors of a tile with a single activation row (`row_dot_line`).
+ROW_VECTORS = ROW_COLUMNS // GROUP_ROWS
 
 
 @intrinsic
@@ -132,116 +126,6 @@ def prefetch_rows(typing, memory, at, stride, rows):
     return types.void(memory, types.int64, types.int64, types.int64), generate
 
 
-def _repeated(builder, block, count):
-    """A vector that holds the vector `block` again and again, `count` values."""
-    places = [i % block.type.count for i in range(count)]
-    return builder.shuffle_vector(block, block, ir.Constant(ir.VectorType(INT32, count), places))
-
-
-class _Float32Products:
-    """float32 times float32, 4 values of each row."""
-
-    step = 4
-    block = ir.VectorType(FLOAT, step)
-    #: Vectors of activations that wait in registers. Those beyond are operands from memory, of every column anew.
-    held = TILE_VECTORS
-
-    @staticmethod
-    def load_rows(builder, pointer):
-        """The next 128 bits of GROUP_ROWS rows."""
-        return unaligned_load(builder, pointer)
-
-    @classmethod
-    def load_block(cls, builder, pointer, n):
-        """The next `step` values of a weight row; with n only the first n, and zeros."""
-        align = 4 if cls.block.element == FLOAT else 2
-        if n is None:
-            return unaligned_load(builder, pointer, cls.block, align)
-        zeros = ir.Constant(cls.block, [0.0 if cls.block.element == FLOAT else 0] * cls.step)
-        return masked_load(builder, pointer, first_lanes(builder, n, cls.step), zeros)
-
-    @classmethod
-    def load_column(cls, builder, pointer, n):
-        """`load_block` once for each of GROUP_ROWS rows."""
-        return _repeated(builder, cls.load_block(builder, pointer, n), LANES)
-
-    @staticmethod
-    def accumulate(builder, rows, column, total):
-        return fma_ir(builder, rows, column, total)
-
-
-class Bfloat16Products(_Float32Products):
-    """bfloat16 times bfloat16 by AVX512-BF16: pairs of products added to each float32 lane."""
-
-    step = 8
-    block = ir.VectorType(ir.IntType(16), step)
-    vector = ir.VectorType(ir.IntType(16), 2 * LANES)
-    pairs = ir.VectorType(BFLOAT16, 2 * LANES)
-
-    @classmethod
-    def load_rows(cls, builder, pointer):
-        return builder.bitcast(unaligned_load(builder, pointer, cls.vector, align=2), cls.pairs)
-
-    @classmethod
-    def load_column(cls, builder, pointer, n):
-        return builder.bitcast(_repeated(builder, cls.load_block(builder, pointer, n), 2 * LANES), cls.pairs)
-
-    @classmethod
-    def accumulate(cls, builder, rows, column, total):
-        kind = ir.FunctionType(VECTOR, [VECTOR, cls.pairs, cls.pairs])
-        dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
-        return builder.call(dot, [total, rows, column])
-
-
-class _WidenedProducts(_Float32Products):
-    """float32 times bfloat16 without AVX512-BF16: behind 16 zero bits, a bfloat16 is the same value as float32."""
-
-    block = ir.VectorType(ir.IntType(16), 4)
-    # The zeros take one of 16 registers (Zen 3, 12 to 32 rows: 15 to 25 % faster than spilling).
-    held = TILE_VECTORS if has_32_registers() else TILE_VECTORS - 1
-
-    @classmethod
-    def load_column(cls, builder, pointer, n):
-        # First repeated, then widened: the one comes with the load, the other is one instruction.
-        shorts = _repeated(builder, cls.load_block(builder, pointer, n), 2 * LANES)
-        order = [i for start in range(0, 2 * LANES, 8) for k in range(start, start + 4) for i in (2 * LANES, k)]
-        places = ir.Constant(ir.VectorType(INT32, 2 * LANES), order)
-        return builder.bitcast(builder.shuffle_vector(shorts, ir.Constant(shorts.type, None), places), VECTOR)
-
-
-_PRODUCTS = {
-    (Floats, Floats): _Float32Products,
-    (Bfloats, Bfloats): Bfloat16Products,
-    (Floats, Bfloats): _WidenedProducts,
-}
-
-
-@lru_cache
-def operand_dtype(storage):
-    """dtype of the activations that are multiplied with weights of a storage dtype, as `_PRODUCTS` wants."""
-    return np.dtype(np.uint16 if storage == np.uint16 and has_bf16_dot() else np.float32)
-
-
-@intrinsic
-def step_size(typing, a):
-    """Values along K that a vector of activations a has of each row: those in 128 bits."""
-
-    def generate(context, builder, signature, args):
-        return INT64(128 // a.dtype.bitwidth)
-
-    return types.int64(a), generate
-
-
-@intrinsic
-def line_size(typing, memory):
-    """Values in a cache line of 64 bytes."""
-
-    def generate(context, builder, signature, args):
-        return INT64(LINE_BITS // memory.dtype.bitwidth)
-
-    return types.int64(memory), generate
-
-
 def _finished(builder, sums):
     """The same sums, behind an empty piece of assembly that wants all of them, and before which memory is not read.
 
@@ -288,7 +172,7 @@ def dot_line(typing, tile, a, vectors, w, columns_at, k):
     vectors     one of VECTORS
     columns_at  where each weight row begins in w
     """
-    products = _PRODUCTS[a, w]
+    products = PRODUCTS[a, w]
     steps = LINE_BITS // w.dtype.bitwidth // products.step
 
     # All steps here: in a loop of Numba's, LLVM computes the address of the activations anew for each of them, a fifth
@@ -302,12 +186,51 @@ def dot_line(typing, tile, a, vectors, w, columns_at, k):
 @intrinsic
 def dot_step(typing, tile, a, vectors, w, columns_at, k, n):
     """`dot_line` of a single step, values k .. k + `step_size` - 1, of weight rows that end after n values."""
-    products = _PRODUCTS[a, w]
+    products = PRODUCTS[a, w]
 
     def generate(context, builder, signature, args):
         return context.make_tuple(*_dot_steps(products, 1, builder, signature, args, args[6]))
 
     return tile(tile, a, vectors, w, columns_at, types.int64, types.int64), generate
+
+
+def _joined(builder, vectors):
+    """One vector with the elements of all (a power of two of them)."""
+    while len(vectors) > 1:
+        order = ir.Constant(ir.VectorType(INT32, 2 * vectors[0].type.count), list(range(2 * vectors[0].type.count)))
+        vectors = [builder.shuffle_vector(a, b, order) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+    return vectors[0]
+
+
+@intrinsic
+def row_dot_line(typing, tile, a, w, columns_at, k):
+    """`dot_line` of a single row, packed as the first of a vector, and ROW_COLUMNS weight rows.
+
+    A vector has 128 bits of GROUP_ROWS weight rows instead, which meet the same values of the row: nothing is computed
+    for rows that are not there. tile: ROW_VECTORS vectors; lanes 4 g .. 4 g + 3 of vector v belong to weight row
+    v * GROUP_ROWS + g, and add up as any tile's.
+    """
+    products, activations = PRODUCTS[a, w], PRODUCTS[a, a]
+    bits = w.dtype.bitwidth
+    block = ir.VectorType(FLOAT if bits == 32 else ir.IntType(bits), 128 // bits)
+
+    def generate(context, builder, signature, args):
+        tile_value, a, w, columns_at, k = args
+        sums = unpack(builder, tile_value, tile.count)
+        a = builder.gep(a, [builder.mul(k, INT64(GROUP_ROWS))])
+        rows = [builder.gep(builder.gep(w, [at]), [k]) for at in unpack(builder, columns_at, ROW_COLUMNS)]
+        for at in range(0, LINE_BITS // bits, block.count):
+            places = [builder.gep(a, [INT64(i * GROUP_ROWS)]) for i in range(at, at + block.count, products.step)]
+            values = [activations.load_column(builder, place, None) for place in places]
+            blocks = [unaligned_load(builder, builder.gep(row, [INT64(at)]), block, bits // 8) for row in rows]
+            for v in range(ROW_VECTORS):
+                joined = _joined(builder, blocks[v * GROUP_ROWS :][:GROUP_ROWS])
+                for value, column in zip(values, products.side_by_side(builder, joined), strict=True):
+                    sums[v] = products.accumulate(builder, value, column, sums[v])
+            sums = _finished(builder, sums)
+        return context.make_tuple(builder, tile, sums)
+
+    return tile(tile, a, w, columns_at, types.int64), generate
 
 
 #: Steps in which the four lanes of a row are added up: lane i and lane i + distance.
@@ -342,6 +265,16 @@ def _chunks(columns):
         width = next(w for w in (4, 2, 1) if first + w <= columns)
         yield first, width
         first += width
+
+
+def _add_one_by_one(builder, values, row, column_at, first):
+    """row[column_at[j]] += values[j]; = if `first`. Columns in the same place have the same value, added once."""
+    # All are read before any is written. What lies there before the first block is read too, and thrown away:
+    # cheaper than a branch.
+    places = [builder.gep(row, [at]) for at in column_at]
+    before = [builder.load(place) for place in places]
+    for place, value, old in zip(places, values, before, strict=True):
+        builder.store(builder.fadd(builder.select(first, FLOAT(0.0), old), value), place)
 
 
 @intrinsic
@@ -427,13 +360,7 @@ def store_sums(typing, tile, vectors, columns_at, first, out, out_stride, apart,
                     for chunk, width in zip(sums, widths, strict=True)
                     for i in range(width)
                 ]
-                # All are read before any is written: what is computed twice is added once. What lies there
-                # before the first block is read too, and thrown away: cheaper than a branch.
-                places = [builder.gep(row, [at]) for at in column_at]
-                before = [builder.load(place) for place in places]
-                for place, value, old in zip(places, values, before, strict=True):
-                    old = builder.select(first, FLOAT(0.0), old)
-                    builder.store(builder.fadd(old, value), place)
+                _add_one_by_one(builder, values, row, column_at, first)
 
         # Masks cost nothing with AVX-512 only (`store_first`; Zen 3, 64 and 128 rows: 4 % faster without).
         together = builder.icmp_signed("==", apart, INT64(1))
@@ -447,3 +374,18 @@ def store_sums(typing, tile, vectors, columns_at, first, out, out_stride, apart,
         return context.get_dummy_value()
 
     return types.void(tile, vectors, columns_at, types.boolean, Floats, *[types.int64] * 3), generate
+
+
+@intrinsic
+def store_row_sums(typing, tile, columns_at, first, out, apart, n):
+    """`store_sums` of `row_dot_line`'s tile: out[j * apart] of a single row."""
+
+    def generate(context, builder, signature, args):
+        tile_value, _, first, out, apart, n = args
+        sums = _row_sums(builder, unpack(builder, tile_value, ROW_VECTORS))
+        lanes = [4 * g + v for v in range(ROW_VECTORS) for g in range(GROUP_ROWS)]
+        values = [builder.extract_element(sums, INT32(lane)) for lane in lanes]
+        _add_one_by_one(builder, values, out, clamped(builder, apart, builder.sub(n, INT64(1)), ROW_COLUMNS), first)
+        return context.get_dummy_value()
+
+    return types.void(tile, columns_at, types.boolean, Floats, types.int64, types.int64), generate
