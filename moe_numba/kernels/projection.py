@@ -49,8 +49,9 @@ PASS_LINES = 12288 if LANES == 16 else 6144
 #: so best with few; a single one would wait for its sums, whose chain takes 16 cycles a cache line.
 STREAMS = 3 if READS_AHEAD else TILE_COLUMNS
 #: Rows that are few in this sense; where activations compete with streams for the first-level cache, one vector (Xeon,
-#: float32, 16 rows per expert: olmoe 2 %, qwen3 4 %, Mixtral 4 % faster than with 16; the next, 24 rows: 1 %).
-STREAM_ROWS = 4 if READS_AHEAD else 32
+#: float32, 16 rows per expert: olmoe 2 %, qwen3 4 %, Mixtral 4 % faster than with 16; the next, 24 rows: 1 %). With
+#: AVX2 four vectors (Zen 3, 16 rows: 5 to 9 % faster than with 32; 8 rows: within 2 %).
+STREAM_ROWS = 4 if READS_AHEAD else 32 if LANES == 16 else 8
 #: Cache lines from which a weight row is worth a stream of its own. Shorter ones lie in small layers,
 #: where the time is that of calling tiles (H = 64, F = 128, one token: 1.5 us of a forward of 23).
 STREAM_LINES = 24
