@@ -66,7 +66,7 @@ STREAM_ACTIVATIONS = 128
 FETCH_LINES = 16
 #: Cache lines by which a second request for weights is ahead of the first. Processors of Intel read ahead of a stream
 #: whose lines are asked for twice within the same page of 4 KiB (Xeon, one core, six streams: 17 GB/s if each line is
-#: asked for a page before it is needed, 18.4 if it has been 8 lines earlier, too; 12 and 16 lines are slower). AMD
+#: asked for a page before it is needed, 18.4 if it has been 8 lines earlier, too; 12 and 16 lines are slower). Zen 4
 #: gains with more rows, where it is asked at all (EPYC, olmoe, 8 rows per expert: float32 4 %, bfloat16 6 to 8 %
 #: faster; 4 and 16 lines less so, 32 lines and a request for the strip after the next one 0 to 3 %).
 REPEAT_LINES = 8
@@ -177,8 +177,8 @@ def _project_streams(a, stride, parts, w, columns, length, block, out, out_strid
 
     A tile's weight rows are as far apart as possible. So each is a stream that goes on with the row behind it, and the
     processor reads ahead of it from row to row (Xeon, olmoe, float32, T = 1, 4, 16: 7 to 12 % faster than tiles of
-    adjacent rows). A single tile of rows asks for what it needs soon; several share what all of them need next. (AMD: a
-    quarter slower if asked.)
+    adjacent rows). A single tile of rows asks for what it needs soon; several share what all of them need next. (Zen 4:
+    a quarter slower if asked.)
     """
     apart = (columns + STREAMS - 1) // STREAMS
     w_stride = apart * length

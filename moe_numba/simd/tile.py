@@ -162,7 +162,7 @@ def _dot_steps(products, steps, builder, signature, args, n):
             added = [products.accumulate(builder, v, column, sums[i]) for v, i in zip(operands, entries, strict=True)]
             for i, total in zip(entries, _finished(builder, added), strict=True):
                 sums[i] = total
-    return builder, tile_type, sums
+    return sums
 
 
 @intrinsic
@@ -178,7 +178,7 @@ def dot_line(typing, tile, a, vectors, w, columns_at, k):
     # All steps here: in a loop of Numba's, LLVM computes the address of the activations anew for each of them, a fifth
     # of the instructions (Zen 3, 4 to 128 rows: 3 to 10 % faster).
     def generate(context, builder, signature, args):
-        return context.make_tuple(*_dot_steps(products, steps, builder, signature, args, None))
+        return context.make_tuple(builder, tile, _dot_steps(products, steps, builder, signature, args, None))
 
     return tile(tile, a, vectors, w, columns_at, types.int64), generate
 
@@ -189,7 +189,7 @@ def dot_step(typing, tile, a, vectors, w, columns_at, k, n):
     products = PRODUCTS[a, w]
 
     def generate(context, builder, signature, args):
-        return context.make_tuple(*_dot_steps(products, 1, builder, signature, args, args[6]))
+        return context.make_tuple(builder, tile, _dot_steps(products, 1, builder, signature, args, args[6]))
 
     return tile(tile, a, vectors, w, columns_at, types.int64, types.int64), generate
 
