@@ -34,6 +34,7 @@ for dtype, error in (("float32", 2e-5), ("bfloat16", 2**-8)):
     check(dtype, error, 21, 11)
     check(dtype, error, 75, 31, transposed=True)
     check(dtype, error, 801, 9)  # long enough for weight rows to be streams
+    check(dtype, error, 832, 9)  # and of whole cache lines
 print(LANES, has_bf16_dot())
 """
 
