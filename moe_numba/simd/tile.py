@@ -284,6 +284,7 @@ def store_sums(typing, tile, vectors, columns_at, first, out, out_stride, apart,
     All rows of the tile are written. Columns from n on must equal the last one before.
     """
     columns = columns_at.count
+    run = ir.VectorType(FLOAT, 8)
 
     def generate(context, builder, signature, args):
         tile_value, _, _, first, out, stride, apart, n = args
@@ -317,10 +318,10 @@ def store_sums(typing, tile, vectors, columns_at, first, out, out_stride, apart,
                 write(builder.fadd(old, value), place)
 
         def write_masked():
-            for start in range(0, columns, 8):
-                write_run(start, ir.VectorType(FLOAT, 8))
+            for start in range(0, columns, run.count):
+                write_run(start)
 
-        def write_run(start, run):
+        def write_run(start):
             """Up to 8 columns, from `start` on: those of two chunks."""
             there = first_lanes(builder, builder.sub(n, INT64(start)), run.count)
             part = slice(start // 4, start // 4 + 2)
@@ -329,7 +330,7 @@ def store_sums(typing, tile, vectors, columns_at, first, out, out_stride, apart,
                 lanes = [LANES * c + lane + i for c, width in enumerate(widths[part]) for i in range(width)]
                 lanes += [lane] * (run.count - len(lanes))
                 order = ir.Constant(ir.VectorType(INT32, run.count), lanes)
-                values.append(builder.shuffle_vector(*(sums[part] * 2)[:2], order))
+                values.append(builder.shuffle_vector(sums[part][0], sums[part][-1], order))
             add(
                 [builder.gep(row, [INT64(start)]) for row, _, _ in rows],
                 values,
