@@ -13,12 +13,15 @@ from numba import config
 from numba.core import types
 from numpy.testing import assert_array_equal
 
+from moe_numba.kernels.projection import OUTER_COLUMNS, WIDE_OUTER_COLUMNS
 from moe_numba.simd import plain
 from moe_numba.simd.outer import (
-    OUTER_COLUMNS,
+    GROUPS,
+    OUTER,
+    WIDE_OUTER,
     load_outer,
+    outer_run,
     outer_step,
-    outer_step_partial,
     outer_step_size,
     store_outer,
 )
@@ -131,7 +134,7 @@ def test_an_intrinsic_without_a_twin_says_so_when_it_is_called(monkeypatch):
 @lru_cache
 def both(function):
     """`function` compiled, and as plain Python with the operations of plain.py."""
-    in_plain = FunctionType(function.__code__, function.__globals__ | vars(plain))
+    in_plain = FunctionType(function.__code__, function.__globals__ | vars(plain), closure=function.__closure__)
     return compiled(function), np.errstate(all="ignore")(in_plain)
 
 
@@ -234,16 +237,19 @@ def _row_products(a, w, out, length, columns, apart):
     store_row_sums(tile, columns_at, out[0] == 0.0, pointer(out, 1), apart, columns)
 
 
-def _outer_products(a, w, out, length, columns, _):
-    rows_at, out_at = (length + 1, 0), (1, 1 + columns)
-    x, v = pointer(a, 0), pointer(w, 0)
-    tile = load_outer(out[0] == 0.0, pointer(out, 0), out_at, columns)
-    whole = length - length % outer_step_size(x, v) if columns == OUTER_COLUMNS else 0
-    for k in range(0, whole, outer_step_size(x, v)):
-        tile = outer_step(tile, x, rows_at, k, v, columns, k)
-    for k in range(whole, length, outer_step_size(x, v)):
-        tile = outer_step_partial(tile, x, rows_at, k, v, columns, k, columns, length - k)
-    store_outer(tile, pointer(out, 0), out_at, columns)
+def _outer_products(vectors):
+    def products(a, w, out, length, columns, _):
+        x, v = pointer(a, 0), pointer(w, 0)
+        tile = load_outer(GROUPS[0], vectors, out[0] == 0.0, pointer(out, 1), columns, columns)
+        whole = length - length % step_size(x) if columns == len(vectors) * LANES else 0
+        for k in range(0, whole, step_size(x)):
+            tile = outer_run(tile, offset(x, k * GROUP_ROWS), vectors, offset(v, k * columns), columns)
+        for k in range(whole, length, outer_step_size(x, v)):
+            at = k // step_size(x) * step_size(x) * GROUP_ROWS + k % step_size(x)
+            tile = outer_step(tile, offset(x, at), vectors, offset(v, k * columns), columns, columns, length - k)
+        store_outer(tile, vectors, pointer(out, 1), columns, columns)
+
+    return products
 
 
 #: Columns of each kind of tile.
@@ -251,7 +257,8 @@ TILES = {
     _dot_products: range(1, TILE_COLUMNS + 1),
     _wide_dot_products: (WIDE_COLUMNS,),
     _row_products: range(1, ROW_COLUMNS + 1),
-    _outer_products: (1, LANES + 3, OUTER_COLUMNS),
+    _outer_products(OUTER): (1, LANES + 3, OUTER_COLUMNS),
+    _outer_products(WIDE_OUTER): (1, LANES + 3, WIDE_OUTER_COLUMNS),
 }
 BITS = np.dtype(np.uint16)
 OPERANDS = [(np.float32, np.float32), (np.float32, BITS), *([(BITS, BITS)] if has_bf16_dot() else [])]
@@ -269,7 +276,7 @@ def test_tiles(rng, products, activations, weights, length):
     values = rng.integers(-9, 10, (2, 200, 5 * LANES)) if activations == BITS else random_array(rng, 2, 200, 5 * LANES)
     for columns in TILES[products]:
         # Packed rows are filled up to whole steps.
-        size = 2 * length + 2 if products is _outer_products else 2 * GROUP_ROWS * (length + 8)
+        size = 2 * GROUP_ROWS * (length + 8)
         a = _operand(values[0].ravel()[:size].astype(np.float32), activations)
         w = _operand(values[1].ravel()[: columns * length].astype(np.float32), weights)
         for first, apart in itertools.product((0.0, 1.0), (1, 3)):

@@ -12,7 +12,17 @@ from ..simd.target import GROUP_ROWS, LANES
 from ..simd.tile import prefetch
 from ..simd.vector import even_lanes, fma, load, odd_lanes, offset, pointer, splat, store, store_operand
 from .activations import activate, gated
-from .plan import MOST_COLUMNS, PIECES, Rows, columns_per_piece, most_rows, output_piece, piece
+from .plan import (
+    MOST_COLUMNS,
+    MOST_TRANSPOSED_COLUMNS,
+    PIECES,
+    TRANSPOSED_PIECES,
+    Rows,
+    columns_per_piece,
+    most_rows,
+    output_piece,
+    piece,
+)
 from .projection import ROW_BLOCK, pack, project, project_transposed, tile_of, tiles_of
 
 #: Output columns per piece of work are a multiple of this, itself one of the tile's columns and of LANES.
@@ -115,10 +125,12 @@ def _pack(x, rows, block, start, weights, space):
 @inline
 def _columns_per_piece(rows, width, threads, transposed):
     """Columns of a piece of work over `width` columns, whose sums scratch holds."""
-    unit = COLUMN_BLOCK if transposed is None else TRANSPOSED_BLOCK
+    unit, most, pieces = COLUMN_BLOCK, MOST_COLUMNS, PIECES
+    if transposed is not None:
+        unit, most, pieces = TRANSPOSED_BLOCK, MOST_TRANSPOSED_COLUMNS, TRANSPOSED_PIECES
     groups, _, _ = tiles_of(most_rows(rows))
-    most = min(MOST_COLUMNS, ROW_BLOCK * unit // (groups * GROUP_ROWS))
-    return columns_per_piece(rows, width, PIECES * threads, most, unit)
+    most = min(most, ROW_BLOCK * unit // (groups * GROUP_ROWS))
+    return columns_per_piece(rows, width, pieces * threads, most, unit)
 
 
 @helper

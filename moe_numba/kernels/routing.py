@@ -159,6 +159,8 @@ def _logits(x, weight, probs, items, expert_blocks, scratch, worker, counters):
     logits = pointer(scratch, worker * scratch.shape[1] * scratch.shape[2])
     packed = offset(logits, scratch.shape[1] * EXPERT_BLOCK)
     packed_token = -1
+    # Of type int64: for a number as such, Numba compiles a copy of everything below `project` (5 of 25 s).
+    nothing, logits_stride = np.int64(0), np.int64(EXPERT_BLOCK)
     while True:
         item = take_next(pointer(counters, 0), 0)
         if item >= items:
@@ -168,9 +170,9 @@ def _logits(x, weight, probs, items, expert_blocks, scratch, worker, counters):
         rows, columns = min(TOKEN_BLOCK, tokens - t), min(EXPERT_BLOCK, experts - e)
         w = pointer(weight, e * width)
         if t != packed_token:
-            pack(pointer(x, t * width), width, pointer(_CONSECUTIVE, 0), rows, 0, width, packed, stride, w)
+            pack(pointer(x, t * width), width, pointer(_CONSECUTIVE, 0), rows, nothing, width, packed, stride, w)
             packed_token = t
-        project(packed, stride, rows, w, columns, width, 0, logits, EXPERT_BLOCK)
+        project(packed, stride, rows, w, columns, width, nothing, logits, logits_stride)
         for r in range(rows):
             for i in range(0, columns, LANES):
                 n = min(LANES, columns - i)

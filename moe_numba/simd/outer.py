@@ -1,7 +1,7 @@
 """Tiles of outer products: weights stored [in, out], whose columns lie side by side.
 
-A tile has OUTER_ROWS activation rows, packed as in tile.py, and OUTER_VECTORS vectors of neighbouring columns. Every
-lane is the sum of one column in order of K, so nothing has to be added up across lanes.
+A tile has some groups of GROUP_ROWS activation rows, packed as in tile.py, and some vectors of neighbouring columns.
+Every lane is the sum of one column in order of K, so nothing has to be added up across lanes.
 """
 
 from llvmlite import ir
@@ -9,7 +9,7 @@ from numba.core import types
 
 from .plain import intrinsic
 from .products import Bfloat16Products
-from .target import LANES, OUTER_VECTORS
+from .target import GROUP_ROWS, LANES, OUTER_GROUPS, OUTER_VECTORS, WIDE_OUTER_VECTORS
 from .vector import (
     INT32,
     INT64,
@@ -19,6 +19,7 @@ from .vector import (
     Bfloats,
     Floats,
     Vec,
+    finished,
     first_lanes,
     fma_ir,
     masked_load,
@@ -28,43 +29,39 @@ from .vector import (
     unpack,
 )
 
-#: Activation rows of a tile.
-OUTER_ROWS = 4
-#: Columns of a tile.
-OUTER_COLUMNS = OUTER_VECTORS * LANES
+#: What stands for the number of groups of a tile, as VECTORS in tile.py: a tuple of as many entries.
+GROUPS = tuple(tuple(range(min(groups, OUTER_GROUPS))) for groups in range(1, 5))
+#: The same for its vectors: of the usual ones, and of a tile with a single group.
+OUTER, WIDE_OUTER = tuple(range(OUTER_VECTORS)), tuple(range(WIDE_OUTER_VECTORS))
 
 
-def _place(builder, memory, at, i):
-    return builder.gep(memory, [builder.add(at, INT64(i))])
-
-
-def _left(builder, n, i, width):
-    """Mask of the lanes i .. i + width - 1 that lie before n."""
-    return first_lanes(builder, builder.sub(n, INT64(i)), width)
-
-
-def _load(builder, memory, at, i, n, vector, align):
-    """The vector at memory[at + i]; with n only what lies before memory[at + n], and zeros."""
-    place = _place(builder, memory, at, i)
+def _load(builder, memory, i, n, vector, align):
+    """The vector at memory[i]; with n only what lies before memory[n], and zeros."""
+    place = builder.gep(memory, [INT64(i)])
     if n is None:
         return unaligned_load(builder, place, vector, align)
     zero = 0.0 if vector == VECTOR else 0
     zeros = ir.Constant(vector, [zero] * vector.count)
-    return masked_load(builder, place, _left(builder, n, i, vector.count), zeros)
+    return masked_load(builder, place, first_lanes(builder, builder.sub(n, INT64(i)), vector.count), zeros)
 
 
 class _Float32Outer:
     """float32 times float32, one row of weights at a time."""
 
+    #: Rows of weights of one multiply-add.
     step = 1
+    #: Vectors of columns that wait in registers while they meet all rows of activations.
+    held = OUTER_VECTORS
+
+    @classmethod
+    def columns(cls, builder, rows, start, n, both):
+        """`held` vectors of columns of `step` rows of weights, from `start` on; with n those before n, and zeros."""
+        return [_load(builder, rows[0], start + j * LANES, n, VECTOR, 4) for j in range(cls.held)]
 
     @staticmethod
-    def columns(builder, w, at, stride, n, both):
-        return [_load(builder, w, at, j * LANES, n, VECTOR, 4) for j in range(OUTER_VECTORS)]
-
-    @staticmethod
-    def row(builder, a, at, both):
-        return splat_ir(builder, builder.load(builder.gep(a, [at])), VECTOR)
+    def value(builder, a):
+        """`step` values of a row of activations, in every lane."""
+        return splat_ir(builder, builder.load(a), VECTOR)
 
     accumulate = staticmethod(fma_ir)
 
@@ -72,10 +69,10 @@ class _Float32Outer:
 class _WidenedOuter(_Float32Outer):
     """float32 times bfloat16 without AVX512-BF16: shifted left, its bits are those of the float32."""
 
-    @staticmethod
-    def columns(builder, w, at, stride, n, both):
+    @classmethod
+    def columns(cls, builder, rows, start, n, both):
         sixteen = ir.Constant(INT_VECTOR, [16] * LANES)
-        shorts = (_load(builder, w, at, j * LANES, n, SHORT_VECTOR, 2) for j in range(OUTER_VECTORS))
+        shorts = (_load(builder, rows[0], start + j * LANES, n, SHORT_VECTOR, 2) for j in range(cls.held))
         return [builder.bitcast(builder.shl(builder.zext(s, INT_VECTOR), sixteen), VECTOR) for s in shorts]
 
 
@@ -83,34 +80,31 @@ class _Bfloat16Outer:
     """bfloat16 times bfloat16 by AVX512-BF16: two rows of weights at a time, their columns in pairs."""
 
     step = 2
+    held = 2  # pairing takes registers, too
 
     @staticmethod
-    def columns(builder, w, at, stride, n, both):
+    def columns(builder, rows, start, n, both):
         """`both`: whether the second row is there; None: it is."""
         vector, mask = Bfloat16Products.vector, ir.VectorType(INT32, 2 * LANES)
         second_n = n if both is None else builder.select(both, n, INT64(0))
-        second_at = builder.add(at, stride)
+        first = _load(builder, rows[0], start, n, vector, 2)
+        second = _load(builder, rows[1], start, second_n, vector, 2)
         columns = []
-        for j in range(0, OUTER_COLUMNS, 2 * LANES):
-            first = _load(builder, w, at, j, n, vector, 2)
-            second = _load(builder, w, second_at, j, second_n, vector, 2)
-            for start in (0, LANES):
-                order = [i for c in range(start, start + LANES) for i in (c, c + 2 * LANES)]
-                pairs = builder.shuffle_vector(first, second, ir.Constant(mask, order))
-                columns.append(builder.bitcast(pairs, Bfloat16Products.pairs))
+        for half in (0, LANES):
+            order = [i for c in range(half, half + LANES) for i in (c, c + 2 * LANES)]
+            pairs = builder.shuffle_vector(first, second, ir.Constant(mask, order))
+            columns.append(builder.bitcast(pairs, Bfloat16Products.pairs))
         return columns
 
     @staticmethod
-    def row(builder, a, at, both):
-        pair = builder.load(builder.bitcast(builder.gep(a, [at]), INT32.as_pointer()))
+    def value(builder, a):
+        pair = builder.load(builder.bitcast(a, INT32.as_pointer()))
         pair.align = 2
-        if both is not None:
-            pair = builder.select(both, pair, builder.and_(pair, INT32(0xFFFF)))
         return builder.bitcast(splat_ir(builder, pair, INT_VECTOR), Bfloat16Products.pairs)
 
     @staticmethod
-    def accumulate(builder, row, column, total):
-        return Bfloat16Products.accumulate(builder, row, column, total)
+    def accumulate(builder, value, column, total):
+        return Bfloat16Products.accumulate(builder, value, column, total)
 
 
 _OUTER = {
@@ -131,76 +125,89 @@ def outer_step_size(typing, a, w):
     return types.int64(a, w), generate
 
 
-def _outer_step(context, builder, signature, args, n, both):
-    tile, a, rows_at, a_at, w, stride, k = args[:7]
-    a = builder.gep(a, [a_at])
-    tile_type, a_type, rows_type, _, w_type = signature.args[:5]
-    outer = _OUTER[a_type, w_type]
-    sums = unpack(builder, tile, tile_type.count)
-    columns = outer.columns(builder, w, builder.mul(k, stride), stride, n, both)
-    for i, row_at in enumerate(unpack(builder, rows_at, rows_type.count)):
-        row = outer.row(builder, a, row_at, both)
-        for j, column in enumerate(columns):
-            entry = i * len(columns) + j
-            sums[entry] = outer.accumulate(builder, row, column, sums[entry])
+def _outer_steps(context, builder, signature, args, size, n=None, both=None):
+    """Multiply `size` values of every row of activations with as many rows of weights."""
+    tile, a, vectors, w, stride = args[:5]
+    tile_type, a_type, vectors, w_type = signature.args[:4]
+    outer, run = _OUTER[a_type, w_type], 128 // a_type.dtype.bitwidth
+    sums, vectors = unpack(builder, tile, tile_type.count), vectors.count
+    for k in range(0, size, outer.step):
+        rows = [builder.gep(w, [builder.mul(stride, INT64(k + i))]) for i in range(outer.step)]
+        for j in range(0, vectors, outer.held):
+            columns = outer.columns(builder, rows, j * LANES, n, both)
+            for i in range(len(sums) // vectors):
+                value = outer.value(builder, builder.gep(a, [INT64(i * run + k)]))
+                for entry, column in enumerate(columns, i * vectors + j):
+                    sums[entry] = outer.accumulate(builder, value, column, sums[entry])
+            sums = finished(builder, sums)
     return context.make_tuple(builder, tile_type, sums)
 
 
 @intrinsic
-def outer_step(typing, tile, a, rows_at, a_at, w, stride, k):
-    """tile[i, j] += sum of a[rows_at[i] + a_at + m] * w[(k + m) * stride + j] over m < outer_step_size(a, w)"""
+def outer_run(typing, tile, a, vectors, w, stride):
+    """tile[i, j] += sum of value m of row i * w[m * stride + j] over m < `step_size`: all that 128 bits of a row hold.
 
-    def generate(context, builder, signature, args):
-        return _outer_step(context, builder, signature, args, None, None)
-
-    return tile(tile, a, rows_at, types.int64, w, types.int64, types.int64), generate
-
-
-@intrinsic
-def outer_step_partial(typing, tile, a, rows_at, a_at, w, stride, k, n, length):
-    """`outer_step` for columns j < n and, if it takes two, m < length.
-
-    A row of activations may be read one value past its end, but that value is not used.
+    a: packed activations; row i of the tile has its values side by side, from a[i * step_size] on.
     """
+    size = 128 // a.dtype.bitwidth
 
     def generate(context, builder, signature, args):
-        both = builder.icmp_signed(">", args[8], INT64(1))
-        return _outer_step(context, builder, signature, args, args[7], both)
+        return _outer_steps(context, builder, signature, args, size)
 
-    return tile(tile, a, rows_at, types.int64, w, *[types.int64] * 4), generate
+    return tile(tile, a, vectors, w, types.int64), generate
 
 
 @intrinsic
-def load_outer(typing, first, out, out_at, n):
-    """The tile of out[out_at[i] + j] for j < n, with zeros beyond; all zeros if `first`."""
-    rows = out_at.count
-    tile = types.UniTuple(Vec, rows * OUTER_VECTORS)
+def outer_step(typing, tile, a, vectors, w, stride, n, length):
+    """`outer_run` of `outer_step_size` values only, for columns j < n; of two rows of weights, only `length` are read.
+
+    (Behind the end of the activations there are zeros.)
+    """
+    size = _OUTER[a, w].step
 
     def generate(context, builder, signature, args):
-        first, out, out_at, n = args
+        both = builder.icmp_signed(">", args[6], INT64(1))
+        return _outer_steps(context, builder, signature, args, size, args[5], both)
+
+    return tile(tile, a, vectors, w, types.int64, types.int64, types.int64), generate
+
+
+def _places(builder, out, stride, rows):
+    """Pointers to the rows of a tile of outputs."""
+    return [builder.gep(out, [builder.mul(stride, INT64(i))]) for i in range(rows)]
+
+
+@intrinsic
+def load_outer(typing, groups, vectors, first, out, out_stride, n):
+    """The tile of out[i * out_stride + j] for j < n, with zeros beyond; all zeros if `first`.
+
+    groups   one of GROUPS
+    vectors  OUTER or WIDE_OUTER
+    """
+    rows, per_row = groups.count * GROUP_ROWS, range(vectors.count)
+    tile = types.UniTuple(Vec, rows * vectors.count)
+
+    def generate(context, builder, signature, args):
+        _, _, first, out, stride, n = args
         n = builder.select(first, INT64(0), n)
-        values = [
-            _load(builder, out, at, j * LANES, n, VECTOR, 4)
-            for at in unpack(builder, out_at, rows)
-            for j in range(OUTER_VECTORS)
-        ]
+        places = _places(builder, out, stride, rows)
+        values = [_load(builder, place, j * LANES, n, VECTOR, 4) for place in places for j in per_row]
         return context.make_tuple(builder, tile, values)
 
-    return tile(types.boolean, Floats, out_at, types.int64), generate
+    return tile(groups, vectors, types.boolean, Floats, types.int64, types.int64), generate
 
 
 @intrinsic
-def store_outer(typing, tile, out, out_at, n):
-    """out[out_at[i] + j] = tile[i, j] for j < n. Rows may share a place if they are equal."""
-    rows = out_at.count
+def store_outer(typing, tile, vectors, out, out_stride, n):
+    """out[i * out_stride + j] = tile[i, j] for j < n."""
 
     def generate(context, builder, signature, args):
-        tile_value, out, out_at, n = args
-        vectors = iter(unpack(builder, tile_value, tile.count))
-        for at in unpack(builder, out_at, rows):
-            for j in range(OUTER_VECTORS):
-                place = _place(builder, out, at, j * LANES)
-                store_first(builder, next(vectors), place, builder.sub(n, INT64(j * LANES)))
+        tile_value, _, out, stride, n = args
+        values = iter(unpack(builder, tile_value, tile.count))
+        for place in _places(builder, out, stride, tile.count // vectors.count):
+            for j in range(vectors.count):
+                at = builder.gep(place, [INT64(j * LANES)])
+                store_first(builder, next(values), at, builder.sub(n, INT64(j * LANES)))
         return context.get_dummy_value()
 
-    return types.void(tile, Floats, out_at, types.int64), generate
+    return types.void(tile, vectors, Floats, types.int64, types.int64), generate

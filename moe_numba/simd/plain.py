@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from numba import config, extending
 
-from .target import GROUP_ROWS, LANES, OUTER_VECTORS, TILE_COLUMNS, WIDE_COLUMNS
+from .target import GROUP_ROWS, LANES, TILE_COLUMNS, WIDE_COLUMNS
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -253,23 +253,26 @@ def outer_step_size(a, w):
     return 2 if a.values.dtype == np.uint16 else 1
 
 
-def outer_step(tile, a, rows_at, a_at, w, stride, k):
-    return outer_step_partial(tile, a, rows_at, a_at, w, stride, k, tile.shape[1], outer_step_size(a, w))
-
-
-def outer_step_partial(tile, a, rows_at, a_at, w, stride, k, n, length):
+def outer_run(tile, a, vectors, w, stride):
     step = outer_step_size(a, w)
-    rows = np.stack([a.floats(a_at + at, step, step) for at in rows_at])
-    for m in range(min(step, length)):
-        columns = w.floats((k + m) * stride, n, tile.shape[1])
-        tile = fma(rows[:, m, None], columns[None], tile)
+    for k in range(0, step_size(a), step):
+        tile = outer_step(tile, offset(a, k), vectors, offset(w, k * stride), stride, tile.shape[1], step)
     return tile
 
 
-def load_outer(first, out, out_at, n):
-    return np.stack([out.floats(at, 0 if first else n, OUTER_VECTORS * LANES) for at in out_at])
+def outer_step(tile, a, vectors, w, stride, n, length):
+    step = outer_step_size(a, w)
+    rows = np.stack([a.floats(i * step_size(a), step, step) for i in range(len(tile))])
+    for m in range(min(step, length)):
+        tile = fma(rows[:, m, None], w.floats(m * stride, n, tile.shape[1])[None], tile)
+    return tile
 
 
-def store_outer(tile, out, out_at, n):
-    for at, row in zip(out_at, tile, strict=True):
-        out.write(at, row[:n])
+def load_outer(groups, vectors, first, out, out_stride, n):
+    rows = range(len(groups) * GROUP_ROWS)
+    return np.stack([out.floats(i * out_stride, 0 if first else n, len(vectors) * LANES) for i in rows])
+
+
+def store_outer(tile, vectors, out, out_stride, n):
+    for i, row in enumerate(tile):
+        out.write(i * out_stride, row[:n])

@@ -100,7 +100,11 @@ TILE_VECTORS, TILE_COLUMNS = (4, 6) if has_32_registers() else (3, 4)
 WIDE_COLUMNS = 2 * TILE_COLUMNS
 #: Weight rows of a tile with a single activation row.
 ROW_COLUMNS = 4
-#: Vectors of columns in a tile of outer products. 4 x 6 accumulators, 6 vectors of weights and one activation fill 31
-#: of 32 registers; 4 x 2 with theirs 11 of 16, but columns end where cache lines do (Zen 3, gpt-oss, float32, T = 1,
-#: 16, 512: with 3 vectors 30, 28 and 7 % slower).
+#: Groups of activation rows and vectors of columns of the largest tile of outer products. 4 rows x 6 vectors of sums,
+#: 6 vectors of weights and one value of the activations fill 31 of 32 registers, 6 x 2 with theirs 15 of 16 (4 x 3
+#: would, too, but columns should end where cache lines do).
+OUTER_GROUPS = max(1, 4 // GROUP_ROWS) if has_32_registers() else TILE_VECTORS
 OUTER_VECTORS = min(6, LANES) if has_32_registers() else 2
+#: The vectors of a tile with a single group, which would wait for four sums (Zen 3, gpt-oss, float32, T = 1 and 16: 14
+#: and 10 % faster than with 2).
+WIDE_OUTER_VECTORS = OUTER_VECTORS if has_32_registers() else 4

@@ -21,17 +21,16 @@ from .target import (
     TILE_COLUMNS,
     TILE_VECTORS,
     WIDE_COLUMNS,
-    register_constraint,
 )
 from .vector import (
     BYTE,
     FLOAT,
     INT32,
     INT64,
-    VECTOR,
     ZEROS,
     Floats,
     Vec,
+    finished,
     first_lanes,
     masked_load,
     masked_store,
@@ -126,21 +125,6 @@ def prefetch_rows(typing, memory, at, stride, rows):
     return types.void(memory, types.int64, types.int64, types.int64), generate
 
 
-def _finished(builder, sums):
-    """The same sums, behind an empty piece of assembly that wants all of them, and before which memory is not read.
-
-    Without it LLVM collects the loads of several steps in front of their multiplications, and spills most of the tile
-    (Xeon: a third to half of the speed); with one for a whole step, not for each column, three sums of the largest tile
-    (EPYC, many tokens: 4 to 8 %, depending on where the stack lies).
-    """
-    if register_constraint() is None:
-        return sums
-    every = ir.LiteralStructType([VECTOR] * len(sums)) if len(sums) > 1 else VECTOR
-    names = [f"={register_constraint()}"] * len(sums) + [str(i) for i in range(len(sums))] + ["~{memory}"]
-    result = builder.asm(ir.FunctionType(every, [VECTOR] * len(sums)), "", ",".join(names), sums, side_effect=True)
-    return unpack(builder, result, len(sums)) if len(sums) > 1 else [result]
-
-
 def _dot_steps(products, steps, builder, signature, args, n):
     """Multiply `steps` steps of all activation rows with as many of every weight row."""
     tile, a, _, w, columns_at, k = args[:6]
@@ -160,7 +144,7 @@ def _dot_steps(products, steps, builder, signature, args, n):
             operands = held + [activations(i) for i in vectors[products.held :]]
             entries = range(j, tile_type.count, columns_type.count)
             added = [products.accumulate(builder, v, column, sums[i]) for v, i in zip(operands, entries, strict=True)]
-            for i, total in zip(entries, _finished(builder, added), strict=True):
+            for i, total in zip(entries, finished(builder, added), strict=True):
                 sums[i] = total
     return sums
 
@@ -227,7 +211,7 @@ def row_dot_line(typing, tile, a, w, columns_at, k):
                 joined = _joined(builder, blocks[v * GROUP_ROWS :][:GROUP_ROWS])
                 for value, column in zip(values, products.side_by_side(builder, joined), strict=True):
                     sums[v] = products.accumulate(builder, value, column, sums[v])
-            sums = _finished(builder, sums)
+            sums = finished(builder, sums)
         return context.make_tuple(builder, tile, sums)
 
     return tile(tile, a, w, columns_at, types.int64), generate
