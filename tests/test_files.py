@@ -21,8 +21,8 @@ from moe_numba._tokens import open_tokens
 from moe_numba.batch import run
 from moe_numba.families import FAMILIES
 
-#: What is not endless. The largest index that is read takes 0.8 s of a processor, half of it in json, and twice that
-#: when lines are counted.
+#: What is not endless. The largest index that is read takes 0.8 s of a processor, half of it in json, and has taken 1.2
+#: on a busy machine.
 SECONDS, MEGABYTES = 4.0, 300
 
 
