@@ -21,8 +21,8 @@ from numba import config
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, InTreeCacheLocator
 from numba.core.serialize import dumps
 
-#: Files of other versions of the package that are kept beside this one's: a kernel has up to four signatures
-#: (float32 and bfloat16, both storages), so a version or two.
+#: Files of other versions of the package that are kept beside this one's: a kernel has one signature or two (float32
+#: and bfloat16), serial and parallel apart, so some versions.
 KEPT = 8
 DIGEST_SIZE = 16
 

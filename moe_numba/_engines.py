@@ -6,13 +6,15 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from numba import from_dtype, types
 
 from ._aligned import CACHE_LINE
-from ._jit import Kernel
+from ._jit import Kernel, address_of
 from .kernels import amx, amx_transposed, experts, projection
 from .simd.amx import DEPTH, PACKED_TILE, SUMS, TILE
 from .simd.products import operand_dtype
 from .simd.target import GROUP_ROWS, has_amx
+from .simd.vector import Floats
 
 
 class Sizes(NamedTuple):
@@ -31,7 +33,7 @@ class Engine:
     """A kernel that computes experts."""
 
     name: str
-    kernel: Kernel  #: called with x, Weights, Form, Rows, topk_weights, used, workspace, y
+    kernel: Kernel  #: called with x, Weights, Form, Products, Rows, topk_weights, used, workspace, y
     workspace: type  #: the NamedTuple that it takes its memory in; the last field is counters
     shapes: Callable  #: Sizes -> (rows, length, dtype) of every field but counters
     row_block: int  #: rows of a block at most
@@ -127,3 +129,20 @@ def engine_for(storage, transposed, widths) -> Engine:
         if all(width % amx_transposed.WIDTH_UNIT == 0 for width in widths):
             return AMX_TRANSPOSED
     return VECTORS_BFLOAT16 if operand_dtype(storage) == np.uint16 else VECTORS
+
+
+@lru_cache
+def products_for(engine, storage, transposed) -> experts.Products:
+    """What an engine multiplies weights of a storage dtype with."""
+    if engine.kernel is not experts.experts_forward:  # those of the matrix unit are part of its kernels
+        return tuple(experts.Products(0, transposed))
+    return tuple(experts.Products(project_address(storage, transposed), transposed))
+
+
+@lru_cache
+def project_address(storage, transposed) -> int:
+    """Address of `project`, or `project_transposed`, of weights of a storage dtype."""
+    function = projection.project_transposed if transposed else projection.project
+    a, w = (types.CPointer(from_dtype(np.dtype(dtype))) for dtype in (operand_dtype(storage), storage))
+    n = types.int64
+    return address_of(function, a, n, n, w, n, n, n, n, Floats, n)

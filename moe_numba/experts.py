@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _check
-from ._engines import engine_for
+from ._engines import engine_for, products_for
 from ._init import expert_weights
 from ._workspace import LEAST_CHUNK, chunk_tokens, take_workspace
 from .config import ACTIVATIONS, MoeConfig
@@ -84,7 +84,7 @@ class Experts(Sequence):
         )
         self._interleaved = bool(interleaved)
         self._form = _form(activation, self._interleaved, swiglu_limit, swiglu_alpha, swiglu_beta)
-        self._transposed = True if transposed else None
+        self._transposed = bool(transposed)
 
     def _encode(self, name, value, shape, wanted=None):
         return self._format.encode(_check.shaped(name, value, shape, self._format.accepts, wanted))
@@ -164,8 +164,9 @@ class Experts(Sequence):
             _check.fail("topk_ids", f"an array with the value {bad}", f"from 0 to {self.num_experts - 1}")
         threads = threads_for(plan.num_rows * self.hidden_dim * self.input_dim * (3 if self.gated else 2))
         space = take_workspace(engine, (tokens, tokens * k, self.num_experts, self.input_dim, self.hidden_dim, threads))
+        products = products_for(engine, self._format.storage, self._transposed)
         kernel = twin(engine.kernel, threads)
-        kernel(_check.read_only(x), self._weights, self._form, self._transposed, plan.rows, weights, used, space, y)
+        kernel(_check.read_only(x), self._weights, self._form, products, plan.rows, weights, used, space, y)
 
     def _chunk_tokens(self, k):
         return chunk_tokens(self.engine, k, self.num_experts, self.input_dim, self.hidden_dim, get_num_threads())

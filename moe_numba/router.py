@@ -9,8 +9,10 @@ from numpy.typing import ArrayLike
 
 from . import _check
 from ._aligned import CACHE_LINE
+from ._engines import project_address
 from ._init import router_weight
 from .config import RouterConfig
+from .formats import FLOAT32
 from .kernels import routing, scoring
 from .simd.target import GROUP_ROWS
 from .threads import threads_for, twin
@@ -194,6 +196,7 @@ class TopKRouter:
         twin(routing.route, threads)(
             x,
             self._kernel_weight,
+            project_address(FLOAT32.storage, False),
             self._noise(tokens),
             self._rules,
             capacity,

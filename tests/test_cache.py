@@ -18,7 +18,7 @@ from moe_numba import _cache
 
 pytestmark = pytest.mark.jit
 
-#: route, plan_rows, experts_forward
+#: route, plan_rows, experts_forward, and the product that two of them call
 FORWARD = """
 import numpy as np
 from moe_numba import MoeConfig, MoeLayer
@@ -86,10 +86,24 @@ def _run(package, code=SOFTMAX, **environment):
     return hits, misses, stderr
 
 
+COMPILES_NOTHING = """
+from numba.core import event
+class Compilation(event.Listener):
+    def on_start(self, event_): raise AssertionError(event_.data)
+    def on_end(self, event_): pass
+event.register("numba:compile", Compilation())
+"""
+
+
 def test_second_process_compiles_nothing(package_copy, tmp_path):
     cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     assert _run(package_copy, FORWARD, **cache) == (0, 3, "")
+    assert _run(package_copy, COMPILES_NOTHING + FORWARD, **cache) == (3, 0, "")
+    # What kernels call by its address is compiled without them.
+    (product,) = (tmp_path / "cache").rglob("projection.project-apart.*.nbc")
+    product.write_bytes(_half(product.read_bytes()))
     assert _run(package_copy, FORWARD, **cache) == (3, 0, "")
+    assert _run(package_copy, COMPILES_NOTHING + FORWARD, **cache) == (3, 0, "")
 
 
 def test_a_changed_source_is_compiled(package_copy, tmp_path):

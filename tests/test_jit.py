@@ -1,9 +1,13 @@
 """Compilation: when and how often."""
 
+import numpy as np
 import pytest
 from helpers import run_python
+from numba import njit, types
 
 from moe_numba import _jit
+from moe_numba.simd.calls import call
+from moe_numba.simd.vector import Floats, load, pointer, splat, store
 
 pytestmark = pytest.mark.jit
 
@@ -66,6 +70,7 @@ for threads.SERIAL_BELOW in (0, 10**18):
 
 for kernel in _jit.KERNELS:
     print(kernel.__name__, len(kernel.serial.signatures), len(kernel.parallel.signatures))
+print("project", _jit._compiled_apart.cache_info().currsize, 0)
 """
 
 #: What else users do with the same kernels; each in the loop above.
@@ -92,9 +97,32 @@ def test_every_kernel_is_compiled_once_whatever_the_input(extra):
         "experts_forward_amx": (0, 0),  # of bfloat16 weights
         "experts_forward_amx_transposed": (0, 0),
         "plan_rows": (1, 0),  # never parallel
+        "project": (1, 0),  # called by its address
         "route": (1, 1),
         "softmax_rows": (1, 1),
     }
+
+
+# ---- calls by address ----
+
+
+@_jit.helper
+def _add_to_first(x, n, m):
+    store(load(x, 0, 1) + splat(np.float32(n + 10 * m)), x, 0, 1)
+
+
+@njit
+def _call_twice(address, x, n):
+    call(address, pointer(x, 0), n, 1)
+    call(address, pointer(x, 1), 2 * n, n)
+
+
+def test_a_helper_is_called_by_its_address():
+    address = _jit.address_of(_add_to_first, Floats, types.int64, types.int64)
+    assert address == _jit.address_of(_add_to_first, Floats, types.int64, types.int64)
+    x = np.zeros(3, np.float32)
+    _call_twice(address, x, np.int32(3))  # every integer is passed as int64
+    np.testing.assert_array_equal(x, [13, 36, 0])
 
 
 # ---- the twins ----

@@ -106,7 +106,7 @@ import numpy as np
 from moe_numba.kernels import projection
 from moe_numba.simd.vector import pointer
 a, w, out = (pointer(np.ones(n, np.float32), 0) for n in (4 * 40, 3 * 40 - {missing}, 4 * 3))
-projection.project(a, 40, 4, w, 3, 40, 0, out, 3)
+projection.project(a, 40, 4, w, 40, 3, 40, 0, out, 3)
 print(out.values.tolist())
 """
 

@@ -17,7 +17,7 @@ def _project(a, row_ids, w, packed, out, columns):
     rows, width = row_ids.size, a.shape[1]
     x, v = pointer(packed, 0), pointer(w, 0)
     pack(pointer(a, 0), width, pointer(row_ids, 0), rows, 0, width, x, packed.shape[1], v)
-    project(x, packed.shape[1], rows, v, columns, width, 0, pointer(out, 0), out.shape[1])
+    project(x, packed.shape[1], rows, v, width, columns, width, 0, pointer(out, 0), out.shape[1])
 
 
 def _whole_groups(rows):

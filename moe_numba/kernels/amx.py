@@ -61,8 +61,8 @@ class AmxWorkspace(NamedTuple):
 
 
 @kernel
-def experts_forward_amx(x, weights, form, transposed, rows, topk_weights, used, space, y):
-    """`experts_forward` (experts.py) of bfloat16 weights, with transposed None; space is an AmxWorkspace."""
+def experts_forward_amx(x, weights, form, products, rows, topk_weights, used, space, y):
+    """`experts_forward` (experts.py) of bfloat16 weights, with its own products; space is an AmxWorkspace."""
     w = Weights(*weights)  # one by one: Numba does not find the classes of those unpacked together
     f = Form(*form)
     r = Rows(*rows)

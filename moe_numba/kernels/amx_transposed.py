@@ -79,8 +79,8 @@ class AmxTransposedWorkspace(NamedTuple):
 
 
 @kernel
-def experts_forward_amx_transposed(x, weights, form, transposed, rows, topk_weights, used, space, y):
-    """`experts_forward` (experts.py) of bfloat16 weights, with transposed True; space is an AmxTransposedWorkspace."""
+def experts_forward_amx_transposed(x, weights, form, products, rows, topk_weights, used, space, y):
+    """`experts_forward` of bfloat16 weights, with its own products; space is an AmxTransposedWorkspace."""
     w = Weights(*weights)  # one by one: Numba does not find the classes of those unpacked together
     f = Form(*form)
     r = Rows(*rows)

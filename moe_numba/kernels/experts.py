@@ -7,6 +7,7 @@ from numba import prange
 
 from .._jit import helper, inline, kernel
 from ..simd.atomic import take_next
+from ..simd.calls import call
 from ..simd.products import step_size
 from ..simd.target import GROUP_ROWS, LANES
 from ..simd.tile import prefetch
@@ -23,7 +24,7 @@ from .plan import (
     output_piece,
     piece,
 )
-from .projection import ROW_BLOCK, pack, project, project_transposed, tile_of, tiles_of
+from .projection import ROW_BLOCK, pack, tile_of, tiles_of
 
 #: Output columns per piece of work are a multiple of this, itself one of the tile's columns and of LANES.
 COLUMN_BLOCK = 48
@@ -57,6 +58,13 @@ class Weights(NamedTuple):
     down_bias: np.ndarray  #: (E, H) or (0, 0)
 
 
+class Products(NamedTuple):
+    """How activations are multiplied with weights."""
+
+    address: int  #: of `project`, or of `project_transposed`
+    transposed: bool  #: weights are stored [in, out]
+
+
 class Workspace(NamedTuple):
     """Memory that a forward writes and nobody reads afterwards."""
 
@@ -68,15 +76,14 @@ class Workspace(NamedTuple):
 
 
 @kernel
-def experts_forward(x, weights, form, transposed, rows, topk_weights, used, space, y):
+def experts_forward(x, weights, form, products, rows, topk_weights, used, space, y):
     """y[t] = sum over used slots k of topk_weights[t, k] * expert[slot (t, k)](x[t]).
 
     x             (T, H) float32 tokens
     weights       Weights of all experts; this, form, rows and space as plain tuples, which cross from
                   Python 0.5 us faster than named ones
     form          Form of the experts
-    transposed    None, or True if weights are stored [in, out]. Numba drops the branches of what is None
-                  before it compiles: a layer of the usual storage does not wait 1.5 s for the other.
+    products      Products
     rows          Rows: which token goes to which expert
     topk_weights  (T, K) float32
     used          (T,) int64 slots of each token that have a row
@@ -91,6 +98,7 @@ def experts_forward(x, weights, form, transposed, rows, topk_weights, used, spac
     """
     w = Weights(*weights)  # one by one: Numba does not find the classes of those unpacked together
     f = Form(*form)
+    p = Products(*products)
     r = Rows(*rows)
     s = Workspace(*space)
     threads = s.scratch.shape[0]
@@ -99,9 +107,9 @@ def experts_forward(x, weights, form, transposed, rows, topk_weights, used, spac
     for item in prange(r.n_blocks * shares):
         _pack(x, r, np.int64(item) // shares, np.int64(item) % shares * PACK_VALUES, w, s)
     for worker in prange(threads):
-        _up_projection(w, f, transposed, r, s, np.int64(worker))
+        _up_projection(w, f, p, r, s, np.int64(worker))
     for worker in prange(threads):
-        _down_projection(w, transposed, r, topk_weights, used, s, y, np.int64(worker))
+        _down_projection(w, p, r, topk_weights, used, s, y, np.int64(worker))
 
 
 @helper
@@ -126,15 +134,15 @@ def _pack(x, rows, block, start, weights, space):
 def _columns_per_piece(rows, width, threads, transposed):
     """Columns of a piece of work over `width` columns, whose sums scratch holds."""
     unit, most, pieces = COLUMN_BLOCK, MOST_COLUMNS, PIECES
-    if transposed is not None:
+    if transposed:
         unit, most, pieces = TRANSPOSED_BLOCK, MOST_TRANSPOSED_COLUMNS, TRANSPOSED_PIECES
     groups, _, _ = tiles_of(most_rows(rows))
     most = min(most, ROW_BLOCK * unit // (groups * GROUP_ROWS))
     return columns_per_piece(rows, width, pieces * threads, most, unit)
 
 
-@helper
-def _project(a, stride, rows, w, transposed, height, length, at, columns, then, out, out_stride):
+@inline
+def _project(a, stride, rows, w, products, height, length, at, columns, then, out, out_stride):
     """Products with `columns` columns of an expert's weights, in either storage.
 
     at, then: (expert, column) of these weights and of the next; all experts together have `height` columns
@@ -142,33 +150,30 @@ def _project(a, stride, rows, w, transposed, height, length, at, columns, then, 
     """
     expert, column = at
     next_expert, next_column = then
-    if transposed is None:
-        here = (expert * height + column) * length
-        ahead = (next_expert * height + next_column) * length - here
-        project(a, stride, rows, offset(w, here), columns, length, ahead, out, out_stride)
-    else:
-        here = expert * height * length + column
-        ahead = next_expert * height * length + next_column - here
-        project_transposed(a, stride, rows, offset(w, here), height, columns, length, ahead, out, out_stride)
+    # From one column to the next, and from one row of what is stored to the next.
+    apart, w_stride = (1, height) if products.transposed else (length, length)
+    here = expert * height * length + column * apart
+    ahead = next_expert * height * length + next_column * apart - here
+    call(products.address, a, stride, rows, offset(w, here), w_stride, columns, length, ahead, out, out_stride)
 
 
 @inline
 def _length_and_height(weights, transposed):
     """Values that a product sums, and products per expert."""
-    if transposed is None:
-        return weights.shape[2], weights.shape[1]
-    return weights.shape[1], weights.shape[2]
+    if transposed:
+        return weights.shape[1], weights.shape[2]
+    return weights.shape[2], weights.shape[1]
 
 
 @helper
-def _up_projection(weights, form, transposed, rows, space, worker):
+def _up_projection(weights, form, products, rows, space, worker):
     """hidden[r] = act(gate(r)) * up(r), or act(up(r)), until no piece of work is left."""
-    input_dim, height = _length_and_height(weights.up, transposed)
+    input_dim, height = _length_and_height(weights.up, products.transposed)
     projections = 2 if form.gated else 1
     hidden_dim = height // projections
     # Interleaved, gate and up are one run of columns, twice as long.
     run = projections if form.interleaved else 1
-    column_block = _columns_per_piece(rows, hidden_dim, space.scratch.shape[0], transposed)
+    column_block = _columns_per_piece(rows, hidden_dim, space.scratch.shape[0], products.transposed)
     column_blocks = (hidden_dim + column_block - 1) // column_block
     sums_stride = projections * column_block
     mine = worker * space.scratch.shape[1]
@@ -188,7 +193,7 @@ def _up_projection(weights, form, transposed, rows, space, worker):
                 space.tokens.shape[1] // GROUP_ROWS,
                 end - first,
                 pointer(weights.up, 0),
-                transposed,
+                products,
                 height,
                 input_dim,
                 (expert, p * hidden_dim + column * run),
@@ -264,12 +269,12 @@ def activate_row(sums, columns, column_block, weights, form, expert, column, hid
 
 
 @helper
-def _down_projection(weights, transposed, rows, topk_weights, used, space, y, worker):
+def _down_projection(weights, products, rows, topk_weights, used, space, y, worker):
     """y[t] = sum of topk_weights[slot] * (hidden[r] @ down.T + bias) over t's rows, until no columns are left."""
-    hidden_dim, output_dim = _length_and_height(weights.down, transposed)
+    hidden_dim, output_dim = _length_and_height(weights.down, products.transposed)
     hidden_stride = space.hidden.shape[1]
     width = output_columns(space, used)
-    unit = COLUMN_BLOCK if transposed is None else TRANSPOSED_BLOCK
+    unit = TRANSPOSED_BLOCK if products.transposed else COLUMN_BLOCK
     outputs = pointer(space.scratch, worker * space.scratch.shape[1])
     sums = pointer(space.sums, worker * space.sums.shape[1])
 
@@ -285,7 +290,7 @@ def _down_projection(weights, transposed, rows, topk_weights, used, space, y, wo
                 hidden_stride // GROUP_ROWS,
                 end - first,
                 pointer(weights.down, 0),
-                transposed,
+                products,
                 output_dim,
                 hidden_dim,
                 (expert, column),

@@ -232,7 +232,7 @@ def _project_short(a, w, columns, length, out, out_stride):
 
 
 @helper
-def project(a, stride, rows, w, columns, length, then, out, out_stride):
+def project(a, stride, rows, w, w_stride, columns, length, then, out, out_stride):
     """out[r, j] = row r of a . w[j] for r < rows (at most ROW_BLOCK) and j < columns.
 
     Rows meet TILE_COLUMNS weight rows at a time, or more, a block of K after the other, while the next weight rows are
@@ -243,6 +243,7 @@ def project(a, stride, rows, w, columns, length, then, out, out_stride):
     a           activations of the block, from `pack`
     stride      values in a packed row
     w           weights; row j begins at w[j * length]
+    w_stride    equal to length; an argument because `project_transposed` has it
     length      values summed
     then        offset from `w` to the weights of the next call, which are fetched in advance
     out         row r begins at out[r * out_stride]; written up to the end of the last group of GROUP_ROWS rows

@@ -5,9 +5,10 @@ from numba import prange
 
 from .._jit import helper, inline, kernel
 from ..simd.atomic import take_next
+from ..simd.calls import call
 from ..simd.target import LANES
 from ..simd.vector import load, offset, pointer, store
-from .projection import ROW_BLOCK, pack, project
+from .projection import ROW_BLOCK, pack
 from .scoring import SPARSEMIXER, normalise, score, softmax, sparsemixer, weigh
 
 #: Tokens per piece of work: enough for full tiles, few enough to share 64 tokens among threads.
@@ -98,11 +99,14 @@ def _fill_in_order(rules, scores, keys, capacity, pass_over, indices, weights, u
 
 
 @kernel
-def route(x, weight, noise, rules, capacity, pass_over, probs, keys, indices, weights, used, counts, scratch, counters):
+def route(
+    x, weight, project, noise, rules, capacity, pass_over, probs, keys, indices, weights, used, counts, scratch, counter
+):
     """Route tokens to experts.
 
     x           (T, H) float32 tokens
     weight      (E, H) float32 router weight
+    project     address of projection.project, of float32
     noise       (T, E) float32 added to the logits, or (0, 0)
     rules       Rules, or None for a softmax over the logits
     capacity    rows an expert takes; negative: no limit
@@ -116,7 +120,7 @@ def route(x, weight, noise, rules, capacity, pass_over, probs, keys, indices, we
     counts      (E,) int64 rows per expert
     scratch     (threads that share the work, rows, EXPERT_BLOCK + at least H) float32: of a block of tokens, in
                 whole groups of GROUP_ROWS, the logits, then the packed tokens
-    counters    (at least 1,) int64 scratch
+    counter     (at least 1,) int64 scratch
 
     Parallel over blocks of (tokens, experts), then of tokens. The capacity pass runs in token
     order on one thread, and only if an expert is over its limit.
@@ -127,9 +131,9 @@ def route(x, weight, noise, rules, capacity, pass_over, probs, keys, indices, we
     expert_blocks = (experts + EXPERT_BLOCK - 1) // EXPERT_BLOCK
     token_blocks = (tokens + TOKEN_BLOCK - 1) // TOKEN_BLOCK
 
-    counters[0] = 0
+    counter[0] = 0
     for worker in prange(scratch.shape[0]):
-        _logits(x, weight, probs, token_blocks * expert_blocks, expert_blocks, scratch, np.int64(worker), counters)
+        _logits(x, weight, project, probs, token_blocks, expert_blocks, scratch, np.int64(worker), counter)
     for block in prange(token_blocks):
         first = np.int64(block) * TOKEN_BLOCK
         _select(first, min(first + TOKEN_BLOCK, tokens), noise, rules, probs, keys, indices, weights)
@@ -151,7 +155,7 @@ def route(x, weight, noise, rules, capacity, pass_over, probs, keys, indices, we
 
 
 @helper
-def _logits(x, weight, probs, items, expert_blocks, scratch, worker, counters):
+def _logits(x, weight, project, probs, token_blocks, expert_blocks, scratch, worker, counter):
     """Write logits into probs, a block of (tokens, experts) at a time, until none is left."""
     tokens, width = x.shape
     experts = weight.shape[0]
@@ -159,20 +163,19 @@ def _logits(x, weight, probs, items, expert_blocks, scratch, worker, counters):
     logits = pointer(scratch, worker * scratch.shape[1] * scratch.shape[2])
     packed = offset(logits, scratch.shape[1] * EXPERT_BLOCK)
     packed_token = -1
-    # Of type int64: for a number as such, Numba compiles a copy of everything below `project` (5 of 25 s).
-    nothing, logits_stride = np.int64(0), np.int64(EXPERT_BLOCK)
     while True:
-        item = take_next(pointer(counters, 0), 0)
-        if item >= items:
+        item = take_next(pointer(counter, 0), 0)
+        if item >= token_blocks * expert_blocks:
             break
         t = item // expert_blocks * TOKEN_BLOCK
         e = item % expert_blocks * EXPERT_BLOCK
         rows, columns = min(TOKEN_BLOCK, tokens - t), min(EXPERT_BLOCK, experts - e)
         w = pointer(weight, e * width)
         if t != packed_token:
-            pack(pointer(x, t * width), width, pointer(_CONSECUTIVE, 0), rows, nothing, width, packed, stride, w)
+            # `start` of `_pack`'s type: of another, Numba would compile a second `pack`.
+            pack(pointer(x, t * width), width, pointer(_CONSECUTIVE, 0), rows, np.int64(0), width, packed, stride, w)
             packed_token = t
-        project(packed, stride, rows, w, columns, width, nothing, logits, logits_stride)
+        call(project, packed, stride, rows, w, width, columns, width, 0, logits, EXPERT_BLOCK)
         for r in range(rows):
             for i in range(0, columns, LANES):
                 n = min(LANES, columns - i)

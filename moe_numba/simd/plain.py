@@ -111,6 +111,10 @@ def take_next(counters, i):
     return value
 
 
+def call(address, *args):
+    address(*args)
+
+
 # ---- arithmetic, lane by lane ----
 
 
