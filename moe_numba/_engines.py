@@ -132,8 +132,8 @@ def engine_for(storage, transposed, widths) -> Engine:
 
 
 @lru_cache
-def products_for(engine, storage, transposed) -> experts.Products:
-    """What an engine multiplies weights of a storage dtype with."""
+def products_for(engine, storage, transposed) -> tuple:
+    """The fields of experts.Products of an engine and weights of a storage dtype."""
     if engine.kernel is not experts.experts_forward:  # those of the matrix unit are part of its kernels
         return tuple(experts.Products(0, transposed))
     return tuple(experts.Products(project_address(storage, transposed), transposed))
