@@ -61,12 +61,17 @@ class Kernel:
         if config.DISABLE_JIT:  # plain Python (simd/plain.py), which would warn of what compiled code does in silence
             return np.errstate(all="ignore")(function)
         dispatcher = njit(parallel=_PARALLEL if parallel else False, **_OPTIONS)(function)
-        try:
-            dispatcher._cache = KernelCache(function, "parallel" if parallel else "serial")
-        except (RuntimeError, OSError) as error:
-            warn_uncached(error)
+        _keep_on_disk(dispatcher, function, "parallel" if parallel else "serial")
         dispatcher._compile_for_args = _uninterrupted(dispatcher._compile_for_args)
         return dispatcher
+
+
+def _keep_on_disk(compiled, function, twin):
+    """Give what Numba compiles of a function a KernelCache, if there is a place for it."""
+    try:
+        compiled._cache = KernelCache(function, twin)
+    except (RuntimeError, OSError) as error:
+        warn_uncached(error)
 
 
 def _uninterrupted(compile_for_args):
@@ -116,10 +121,7 @@ class _Apart(CFunc):
 @lru_cache  # machine code lives as long as what it belongs to
 def _compiled_apart(function, arguments):
     apart = _Apart(function.py_func, (arguments, types.void), {}, dict(_OPTIONS))
-    try:
-        apart._cache = KernelCache(function.py_func, "apart")
-    except (RuntimeError, OSError) as error:
-        warn_uncached(error)
+    _keep_on_disk(apart, function.py_func, "apart")
     _uninterrupted(apart.compile)()
     return apart
 

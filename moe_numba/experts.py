@@ -61,7 +61,8 @@ class Experts(Sequence):
             "swiglu_beta": swiglu_beta,
         }
         self._format = FORMATS[dtype]
-        up_name, up_bias_name, layout = _up_names(self.gated, bool(transposed))
+        self._transposed = bool(transposed)
+        up_name, up_bias_name, layout = _up_names(self.gated, self._transposed)
         up = self._encode(up_name, up, (None, None, None), layout)
         self.num_experts, rows, self.input_dim = (up.swapaxes(1, 2) if transposed else up).shape
         if 0 in up.shape or (self.gated and rows % 2):
@@ -74,7 +75,7 @@ class Experts(Sequence):
         self.down_bias = _bias("down_bias", down_bias, (self.num_experts, self.input_dim))
         storage = self._format.storage
         #: The Engine that computes them.
-        self.engine = engine_for(storage, bool(transposed), (self.input_dim, self.hidden_dim))
+        self.engine = engine_for(storage, self._transposed, (self.input_dim, self.hidden_dim))
         #: The fields of kernels.experts.Weights, as kernels take them.
         self._weights = (
             _check.read_only(up if up.dtype == storage else up.view(storage)),
@@ -84,7 +85,6 @@ class Experts(Sequence):
         )
         self._interleaved = bool(interleaved)
         self._form = _form(activation, self._interleaved, swiglu_limit, swiglu_alpha, swiglu_beta)
-        self._transposed = bool(transposed)
 
     def _encode(self, name, value, shape, wanted=None):
         return self._format.encode(_check.shaped(name, value, shape, self._format.accepts, wanted))

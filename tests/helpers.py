@@ -192,6 +192,17 @@ LAYOUTS = {
 }
 
 
+#: From here on, Count.compiled says how often Numba compiled something.
+COUNT_COMPILATIONS = """
+from numba.core import event
+class Count(event.Listener):
+    compiled = 0
+    def on_start(self, event_): Count.compiled += 1
+    def on_end(self, event_): pass
+event.register("numba:compile", Count())
+"""
+
+
 def run_python(code, package_root=PACKAGE.parent, timeout=300, **environment):
     """Run `code` in a fresh process, with failures shown; return what it printed, and its stderr."""
     env = os.environ | {"PYTHONPATH": str(package_root)} | environment

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import run_python
+from helpers import COUNT_COMPILATIONS, run_python
 from numba import njit, types
 
 from moe_numba import _jit
@@ -10,15 +10,6 @@ from moe_numba.simd.calls import call
 from moe_numba.simd.vector import Floats, load, pointer, splat, store
 
 pytestmark = pytest.mark.jit
-
-COUNT_COMPILATIONS = """
-from numba.core import event
-class Count(event.Listener):
-    compiled = 0
-    def on_start(self, event_): Count.compiled += 1
-    def on_end(self, event_): pass
-event.register("numba:compile", Count())
-"""
 
 
 def test_importing_compiles_nothing():
