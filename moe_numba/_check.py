@@ -12,6 +12,8 @@ import numpy as np
 from ._aligned import converted
 from .errors import MoeValueError
 
+_FLOAT32 = np.dtype(np.float32)
+
 
 def fail(name, was, rule):
     raise MoeValueError(f"{name} was {was}, but must be {rule}")
@@ -89,13 +91,22 @@ def floats(name, value, shape, wanted=None):
 
     shape: lengths, with None where any length will do. wanted: the shape in words.
     """
-    if type(value) is np.ndarray and value.dtype == np.float32 and _fits(value.shape, shape):
-        flags = value.flags
-        if flags.c_contiguous and flags.aligned:
-            return value  # nothing to do: 1 us of a call instead of 3
+    if is_ready(value, shape, _FLOAT32):
+        return value
     value = shaped(name, value, shape, is_float, wanted)
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf, and its token NaN
         return converted(value, np.float32)
+
+
+def is_ready(value, shape, dtype):
+    """Whether `value` is a C-contiguous, aligned array of a shape (see `floats`) and a dtype: nothing is to be done.
+
+    0.5 us of a call, where all of `floats` takes 3.
+    """
+    if type(value) is not np.ndarray or value.dtype != dtype or not _fits(value.shape, shape):
+        return False
+    flags = value.flags
+    return flags.c_contiguous and flags.aligned
 
 
 def shaped(name, value, shape, accepts, wanted=None):
@@ -132,12 +143,10 @@ def assign(name, view, value):
 
 
 def _fits(shape, wanted):
-    if shape == wanted:
-        return True
     if len(shape) != len(wanted):
         return False
-    for n, m in zip(wanted, shape, strict=True):  # noqa: SIM110 - `all` of a generator takes 0.5 us more
-        if n is not None and n != m:
+    for i, n in enumerate(wanted):  # noqa: SIM110 - `zip` takes twice as long, `all` of a generator 0.5 us more
+        if n is not None and n != shape[i]:
             return False
     return True
 
@@ -156,5 +165,5 @@ def read_only(array):
     if not array.flags.writeable:
         return array
     view = array.view()
-    view.setflags(write=False)
+    view.setflags(False)  # write=False; with the keyword the call takes 0.3 instead of 0.1 us
     return view

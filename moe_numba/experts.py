@@ -87,6 +87,8 @@ class Experts(Sequence):
         self._form = _form(activation, self._interleaved, swiglu_limit, swiglu_alpha, swiglu_beta)
 
     def _encode(self, name, value, shape, wanted=None):
+        if _check.is_ready(value, shape, self._format.values):
+            return value
         return self._format.encode(_check.shaped(name, value, shape, self._format.accepts, wanted))
 
     @property

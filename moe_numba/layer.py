@@ -176,12 +176,12 @@ class MoeLayer:
         y += self.shared_experts.forward(x, np.zeros((tokens, 1), np.int64), weights, np.ones(tokens, np.int64))
 
     def _tokens(self, x):
-        """x as (T, H) float32, and the shape it had."""
+        """x as (T, H) float32, not to be written, and the shape it had."""
         x = _check.array("x", x)
         width = self.config.input_dim
         if x.ndim == 0 or x.shape[-1] != width:
             _check.fail("x", _check.describe(x), f"of shape ({width},) or (..., {width})")
-        return _check.floats("x", x.reshape(-1, width), (None, width)), x.shape
+        return _check.read_only(_check.floats("x", x.reshape(-1, width), (None, width))), x.shape
 
     def astype(self, dtype: str) -> "MoeLayer":
         """This layer with expert weights in another format, one of config.DTYPES; the router stays float32.

@@ -99,9 +99,7 @@ def _fill_in_order(rules, scores, keys, capacity, pass_over, indices, weights, u
 
 
 @kernel
-def route(
-    x, weight, project, noise, rules, capacity, pass_over, probs, keys, indices, weights, used, counts, scratch, counter
-):
+def route(x, weight, project, noise, rules, capacity, pass_over, probs, keys, indices, weights, used, counts, scratch):
     """Route tokens to experts.
 
     x           (T, H) float32 tokens
@@ -120,7 +118,7 @@ def route(
     counts      (E,) int64 rows per expert
     scratch     (threads that share the work, rows, EXPERT_BLOCK + at least H) float32: of a block of tokens, in
                 whole groups of GROUP_ROWS, the logits, then the packed tokens
-    counter     (at least 1,) int64 scratch
+    Returns how many tokens found no expert; with no limit none is counted.
 
     Parallel over blocks of (tokens, experts), then of tokens. The capacity pass runs in token
     order on one thread, and only if an expert is over its limit.
@@ -131,9 +129,9 @@ def route(
     expert_blocks = (experts + EXPERT_BLOCK - 1) // EXPERT_BLOCK
     token_blocks = (tokens + TOKEN_BLOCK - 1) // TOKEN_BLOCK
 
-    counter[0] = 0
+    counts[0] = 0  # of the pieces of work taken, first
     for worker in prange(scratch.shape[0]):
-        _logits(x, weight, project, probs, token_blocks, expert_blocks, scratch, np.int64(worker), counter)
+        _logits(x, weight, project, probs, token_blocks, expert_blocks, scratch, np.int64(worker), counts)
     for block in prange(token_blocks):
         first = np.int64(block) * TOKEN_BLOCK
         _select(first, min(first + TOKEN_BLOCK, tokens), noise, rules, probs, keys, indices, weights)
@@ -152,11 +150,17 @@ def route(
             over = over or counts[e] > capacity
     if capacity >= 0 and over:
         _fill_in_order(rules, probs, keys, capacity, pass_over, indices, weights, used, counts)
+    dropped = 0
+    if capacity >= 0:
+        for t in range(tokens):
+            if used[t] == 0:
+                dropped += 1
+    return dropped
 
 
 @helper
 def _logits(x, weight, project, probs, token_blocks, expert_blocks, scratch, worker, counter):
-    """Write logits into probs, a block of (tokens, experts) at a time, until none is left."""
+    """Write logits into probs, a block of (tokens, experts) at a time, until none is left. counter[0] counts them."""
     tokens, width = x.shape
     experts = weight.shape[0]
     stride = scratch.shape[2] - EXPERT_BLOCK
