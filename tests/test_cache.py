@@ -40,9 +40,7 @@ for tokens in (1, 20_000):
 @pytest.fixture
 def package_copy(tmp_path):
     """The package's sources alone, elsewhere."""
-    root = tmp_path / "moe_numba"
-    shutil.copytree(PACKAGE, root, ignore=shutil.ignore_patterns("__pycache__"))
-    return root
+    return shutil.copytree(PACKAGE, tmp_path / "moe_numba", ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def test_stamp_covers_every_source_file(package_copy, monkeypatch):
@@ -89,15 +87,16 @@ def _run(package, code=SOFTMAX, **environment):
 COMPILES_NOTHING = COUNT_COMPILATIONS + FORWARD + "assert Count.compiled == 0\n"
 
 
-def test_second_process_compiles_nothing(package_copy, tmp_path):
-    cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-    assert _run(package_copy, FORWARD, **cache) == (0, 3, "")
-    assert _run(package_copy, COMPILES_NOTHING, **cache) == (3, 0, "")
+def test_second_process_compiles_nothing(tmp_path):
+    package = shutil.copytree(PACKAGE, tmp_path / "moe_numba")  # with what other tests have compiled: 20 s less
+    cache = {"NUMBA_CACHE_DIR": ""}  # the package's own directories
+    _run(package, FORWARD, **cache)
+    assert _run(package, COMPILES_NOTHING, **cache) == (3, 0, "")
     # What kernels call by its address is compiled without them.
-    (product,) = (tmp_path / "cache").rglob("projection.project-apart.*.nbc")
-    product.write_bytes(_half(product.read_bytes()))
-    assert _run(package_copy, FORWARD, **cache) == (3, 0, "")
-    assert _run(package_copy, COMPILES_NOTHING, **cache) == (3, 0, "")
+    for product in package.rglob("projection.project-apart.*.nbc"):
+        product.write_bytes(_half(product.read_bytes()))
+    assert _run(package, COUNT_COMPILATIONS + FORWARD + "assert Count.compiled > 0\n", **cache) == (3, 0, "")
+    assert _run(package, COMPILES_NOTHING, **cache) == (3, 0, "")
 
 
 def test_a_changed_source_is_compiled(package_copy, tmp_path):
@@ -344,11 +343,11 @@ print(sum(kernel.stats.cache_hits.values()))
         "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
     }
     command = [sys.executable, "-c", code]
-    orders = [("f4", "i8"), ("i8", "f4")] * 5
+    orders = [("f4", "i8"), ("i8", "f4")] * 3
     processes = [subprocess.Popen([*command, *order], env=environment, stdout=subprocess.PIPE) for order in orders]
     for process in processes:
         process.communicate(timeout=120)
-    assert [process.returncode for process in processes] == [0] * 10
+    assert [process.returncode for process in processes] == [0] * len(orders)
     assert len(_files(tmp_path / "cache")) == 2
     for order in orders[:2]:
         assert subprocess.check_output([*command, *order], env=environment, text=True) == "2\n"

@@ -150,12 +150,16 @@ def test_full_standard_output_is_one_line():
         ([], "the following arguments are required"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(arguments, says, tmp_path):
-    done = moe_numba(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert says in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_bad_input_is_one_line_and_status_2(arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = cli.main(arguments)
+    except SystemExit as ended:  # argparse
+        status = ended.code
+    printed = capsys.readouterr()
+    assert (status, printed.out) == (2, "")
+    assert says in printed.err
+    assert printed.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,7 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from helpers import compiled, guarded_copy, random_array
+from helpers import compiled, fewer, guarded_copy, random_array
 from numba import njit, prange
 from numpy.testing import assert_array_equal
 
@@ -154,7 +154,7 @@ def _on_array(function, x):
 
 
 def test_exp_is_within_2_ulp():
-    x = np.linspace(-87.3365, 88.3762, 300_001, dtype=np.float32)
+    x = np.linspace(-87.3365, 88.3762, fewer(300_000) + 1, dtype=np.float32)
     exact = np.exp(x.astype(np.float64))
     error = np.abs(_on_array(EXP, x) - exact) / np.spacing(exact.astype(np.float32))
     assert error.max() <= 2
@@ -166,13 +166,13 @@ def test_exp_at_the_ends():
 
 
 def test_exp_never_decreases():
-    x = np.linspace(-90, 90, 100_001, dtype=np.float32)
+    x = np.linspace(-90, 90, fewer(100_000) + 1, dtype=np.float32)
     y = _on_array(EXP, x)
     assert (y[1:] >= y[:-1] * (1 - 3e-7)).all()
 
 
 def test_logistic():
-    x = np.linspace(-87, 87, 200_001, dtype=np.float32)
+    x = np.linspace(-87, 87, fewer(200_000) + 1, dtype=np.float32)
     exact = 1 / (1 + np.exp(-x.astype(np.float64)))
     assert (np.abs(_on_array(LOGISTIC, x) - exact) / exact).max() < 4e-7
     assert_array_equal(
@@ -181,7 +181,7 @@ def test_logistic():
 
 
 def test_normal_cdf():
-    x = np.linspace(-13, 13, 100_001, dtype=np.float32)
+    x = np.linspace(-13, 13, fewer(100_000) + 1, dtype=np.float32)
     exact = np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in x.tolist()])
     error = np.abs(_on_array(NORMAL_CDF, x) - exact)
     assert error.max() < 3e-7
@@ -266,7 +266,7 @@ def _draw(counters, seen, threads, draws):
 
 
 def test_take_next_gives_every_number_once():
-    threads, draws = 8, 50_000
+    threads, draws = 8, fewer(50_000)
     counters = np.array([-5, 0, -5])
     seen = np.zeros(threads * draws, np.int64)
     _draw(counters, seen, threads, draws)
