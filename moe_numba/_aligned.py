@@ -22,9 +22,10 @@ def aligned_empty(shape, dtype=np.float32):
 
 
 def aligned_copy(array, dtype):
-    """A copy of `array` as `dtype` that begins on a cache line."""
+    """A copy of `array` as `dtype` that begins on a cache line. What is beyond its range becomes infinite."""
     copy = aligned_empty(array.shape, dtype)
-    copy[...] = array
+    with np.errstate(over="ignore"):
+        copy[...] = array
     return copy
 
 

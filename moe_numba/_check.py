@@ -49,6 +49,16 @@ def number(name, value, rule, accept):
     return number
 
 
+def float32_number(name, value, rule, accept):
+    """`number`, of which the same holds once it is a float32, as which kernels compute with it."""
+    result = number(name, value, rule, accept)
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = np.float32(result)
+    if not (np.isfinite(rounded) and accept(rounded)):
+        fail(name, repr(value), f"{rule}, as a float32 too")
+    return result
+
+
 def choice(name, value, allowed: Collection[str]):
     if not isinstance(value, str) or value not in allowed:
         fail(name, repr(value), "one of " + ", ".join(map(repr, allowed)))
@@ -77,6 +87,8 @@ def float_dtype(name, value):
 
 def array(name, value, rule="an array, or nested lists of equal lengths"):
     """`value` as a NumPy array; lists of integers become float32."""
+    if isinstance(value, np.ma.MaskedArray):
+        fail(name, "a masked array", "an array without a mask (for example value.filled(0))")
     if isinstance(value, np.ndarray):
         return value
     try:
@@ -93,9 +105,7 @@ def floats(name, value, shape, wanted=None):
     """
     if is_ready(value, shape, _FLOAT32):
         return value
-    value = shaped(name, value, shape, is_float, wanted)
-    with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf, and its token NaN
-        return converted(value, np.float32)
+    return converted(shaped(name, value, shape, is_float, wanted), np.float32)
 
 
 def is_ready(value, shape, dtype):
@@ -111,8 +121,7 @@ def is_ready(value, shape, dtype):
 
 def shaped(name, value, shape, accepts, wanted=None):
     """`value` as an array of a shape (see `floats`) and of a dtype that accepts(dtype) takes."""
-    if not isinstance(value, np.ndarray):
-        value = array(name, value, wanted or _rule(shape))
+    value = array(name, value, wanted or _rule(shape))
     if not accepts(value.dtype):
         fail(name, describe(value), "an array of float32, float16, float64 or bfloat16")
     if not _fits(value.shape, shape):
@@ -126,6 +135,8 @@ def _rule(shape):
 
 def integers(name, value, shape):
     """`value` as a C-contiguous, aligned int64 array of exactly this shape."""
+    if isinstance(value, np.ma.MaskedArray):
+        fail(name, "a masked array", f"integers of shape {shape}, without a mask")
     try:
         value = np.asarray(value)
     except ValueError:

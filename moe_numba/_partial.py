@@ -37,10 +37,19 @@ class Partial:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however
             except OSError:
                 raise CheckpointError(f"{self.directory}: another run is writing there") from None
+            if not self._is_ours():
+                raise CheckpointError(f"{self.directory}: another run has just ended there")
             self.file.truncate(self._continue() if self._record.exists() else 0)
             self.file.seek(0, os.SEEK_END)
             on_failure.pop_all()
         return self
+
+    def _is_ours(self):
+        """Whether the file that we hold is still the data, and not the output that another run has made of it."""
+        try:
+            return os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.directory / "data"))
+        except FileNotFoundError:
+            return False
 
     def _continue(self):
         """Take the record up; return the size of the data that it vouches for."""
@@ -83,10 +92,10 @@ class Partial:
     def __exit__(self, kind, error, trace):
         with self._errors(), self.file:
             if kind is not None:
+                if not self._record.exists():  # before others may begin here
+                    shutil.rmtree(self.directory, ignore_errors=True)
                 with contextlib.suppress(OSError):  # a full disk; the record does not speak of these bytes
                     self.file.close()
-                if not self._record.exists():
-                    shutil.rmtree(self.directory, ignore_errors=True)
                 if isinstance(error, OSError):
                     raise error
                 return

@@ -6,6 +6,7 @@ tensors, end to end. https://huggingface.co/docs/safetensors
 
 import json
 import math
+import weakref
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +24,8 @@ DTYPES = {
 }
 #: Bytes that a header or a JSON file may have. Those of published models have up to 10 MB.
 MOST_JSON = 16 * 2**20
+#: Axes of a tensor, and its values if those axes that are 0 were 1, at most: less than NumPy refuses.
+MOST_AXES, MOST_VALUES = 32, 2**59
 #: Bytes of JSON whose entries may be as short as they like.
 LEAST_DENSE = 2**20
 
@@ -35,26 +38,34 @@ class Entry:
     def __init__(self, fields, data, size):
         self.dtype = str(fields["dtype"])
         self.shape = tuple(fields["shape"])
+        if len(self.shape) > MOST_AXES:
+            raise ValueError(f"a shape of {len(self.shape)} axes")
         begin, end = fields["data_offsets"]
         numbers = (*self.shape, begin, end)
         if not all(type(n) is int and 0 <= n < 2**63 for n in numbers) or not begin <= end <= size:
             raise ValueError(f"shape {self.shape!s:.80}, bytes {begin} to {end} of {size}")
+        if math.prod(max(n, 1) for n in self.shape) > MOST_VALUES:
+            raise ValueError(f"shape {self.shape!s:.80}")
         self.offset, self.size = data + begin, end - begin
 
 
 class Safetensors:
-    """The header of a file: `entries` by name, and `metadata`. Raises CheckpointError."""
+    """The header of a file: `entries` by name, and `metadata`. Raises CheckpointError.
+
+    The file is open as long as this object is there, so that all tensors are of the same file if it is replaced.
+    """
 
     def __init__(self, path):
         self.path = path
         try:
-            with open_regular(path) as file:
-                total = file.seek(0, 2)
-                file.seek(0)
-                length = int.from_bytes(file.read(8), "little")
-                if total < 8 or length > min(total - 8, MOST_JSON):
-                    raise ValueError(f"a header of {length} bytes in a file of {total}")
-                header = parse_json(file.read(length))
+            self._file = file = open_regular(path)
+            weakref.finalize(self, file.close)
+            total = file.seek(0, 2)
+            file.seek(0)
+            length = int.from_bytes(file.read(8), "little")
+            if total < 8 or length > min(total - 8, MOST_JSON):
+                raise ValueError(f"a header of {length} bytes in a file of {total}")
+            header = parse_json(file.read(length))
             metadata = header.pop("__metadata__", None)
             self.metadata = metadata if isinstance(metadata, dict) else {}
             data = 8 + length
@@ -95,14 +106,13 @@ class Safetensors:
         """A copy of a tensor that begins on a cache line."""
         dtype, shape, offset = self.place(name)
         array = aligned_empty(shape, dtype)
-        with open_regular(self.path) as file:
-            read_into(array, file, offset)
+        read_into(array, self._file, offset)
         return array
 
     def map(self, name):
         """The tensor as a read-only array mapped from its file."""
         dtype, shape, offset = self.place(name)
-        return np.memmap(self.path, dtype, "r", offset, shape) if 0 not in shape else np.empty(shape, dtype)
+        return np.memmap(self._file, dtype, "r", offset, shape) if 0 not in shape else np.empty(shape, dtype)
 
 
 def parse_json(text):

@@ -1,6 +1,8 @@
 """Compile every kernel, or load it from the cache, before the first result is wanted."""
 
+import itertools
 from copy import copy
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,13 +16,15 @@ from .threads import SERIAL_BELOW
 def warmup() -> int:
     """Call every kernel once serial and once parallel; return how many of them were not yet in memory.
 
-    Kernels are compiled for types, not for shapes, so a small layer serves for all.
+    Kernels are compiled for types, not for shapes, so small layers serve for all: of each format and storage, and of
+    a router with rules and one without.
     """
     before = _loaded()
     config = MoeConfig()
     width, experts = config.input_dim, config.num_experts
-    for dtype in DTYPES:
-        layer = MoeLayer(config).astype(dtype)
+    for dtype, transposed in itertools.product(DTYPES, (False, True)):
+        scoring = "sigmoid" if transposed else "softmax"
+        layer = MoeLayer(replace(config, dtype=dtype, transposed=transposed, scoring=scoring))
         for tokens in (1, SERIAL_BELOW // (width * experts) + 1):
             layer.forward(np.zeros((tokens, width), np.float32))
     for tokens in (1, SERIAL_BELOW // experts + 1):
@@ -31,11 +35,17 @@ def warmup() -> int:
 def prepare(layer, tokens):
     """Compile, or load, what a forward of that many tokens needs, with as few of them as will do."""
     config = layer.config
-    least = min(config.num_experts, config.top_k * config.hidden_dim) * config.input_dim
-    n = min(tokens, SERIAL_BELOW // least + 1)  # enough for the same twins: serial or parallel
+    # Outputs per token, of each kernel that is called.
+    parts = [config.num_experts, config.top_k * config.hidden_dim]
+    if config.shared_hidden_dim:
+        parts.append(config.shared_hidden_dim)
+    if config.shared_gate:
+        parts.append(1)
+    n = min(tokens, SERIAL_BELOW // (min(parts) * config.input_dim) + 1)  # the same twins: serial or parallel
     layer = copy(layer)
     layer.router = copy(layer.router)  # whose noise counts its own calls
-    layer.forward(np.zeros((n, config.input_dim), np.float32))
+    # Alike, tokens would choose the same experts, and those above their capacity would be lost.
+    layer.forward(np.random.default_rng(0).standard_normal((n, config.input_dim), np.float32))
 
 
 def _loaded():

@@ -72,11 +72,6 @@ class Checkpoint:
         return self.path / name
 
 
-def read_header(path):
-    """Entry of each tensor of a safetensors file. Raises CheckpointError."""
-    return Safetensors(path).entries
-
-
 def read_json(path):
     """The object in a JSON file. Raises CheckpointError."""
     try:

@@ -106,7 +106,8 @@ class _Routing(_Config):
         for name in ("input_dim", "num_experts", "top_k", "n_group"):
             self._set(name, _check.integer(name, getattr(self, name), 1))
         if self.capacity_factor is not None:
-            self._number("capacity_factor", "a number above 0, or None for no limit", lambda v: v > 0)
+            rule = "a number above 0, or None for no limit"
+            self._set("capacity_factor", _check.number("capacity_factor", self.capacity_factor, rule, lambda v: v > 0))
         if self.expert_capacity is not None:
             self._set("expert_capacity", _check.integer("expert_capacity", self.expert_capacity, 1))
             if self.capacity_factor is not None:
@@ -151,7 +152,7 @@ class _Routing(_Config):
                 _check.fail(name, repr(getattr(self, name)), "True or False")
 
     def _number(self, name, rule, accept):
-        self._set(name, _check.number(name, getattr(self, name), rule, accept))
+        self._set(name, _check.float32_number(name, getattr(self, name), rule, accept))
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,8 @@ class MoeConfig(_Routing):
             _check.fail("shared_gate", True, "False without a shared expert (shared_hidden_dim=0)")
         if self.sparsemixer_eps is not None:
             self._number("sparsemixer_eps", "a finite number above 0, or None", lambda v: v > 0)
+            if self.noise_std:
+                _check.fail("noise_std", self.noise_std, "0 beside sparsemixer_eps, which routes without noise")
 
     def router_config(self) -> "RouterConfig":
         """The part of the configuration that the router needs; its experts include the identity experts."""

@@ -58,7 +58,9 @@ class MoeLayer:
         self.shared_gate = None
         if config.shared_gate:
             gate = RouterConfig(config.input_dim, 1, 1, None, scoring="sigmoid", norm_topk_prob=False)
-            self.shared_gate = TopKRouter(gate, weight=shared_gate_weight, seed=seed + 1, init=init)
+            self.shared_gate = TopKRouter(
+                gate, weight=shared_gate_weight, seed=0 if seed is None else seed + 1, init=init
+            )
 
     @classmethod
     def from_weights(
@@ -209,7 +211,12 @@ class MoeLayer:
 
     @classmethod
     def load(cls, path: str | PathLike, *, seed: int | None = 0) -> "MoeLayer":
-        """The layer that `save` wrote; `seed` is that of the router's noise. Raises CheckpointError."""
+        """The layer that `save` wrote; `seed` is that of the router's noise.
+
+        Raises CheckpointError, and for a bad seed MoeValueError.
+        """
+        if seed is not None:
+            _check.integer("seed", seed, 0)
         file = Safetensors(path)
         try:
             config = MoeConfig.from_json(file.metadata["config"])

@@ -28,12 +28,13 @@ def list_moe_layers(path) -> list[int | str]:
     routers = [tensor for tensor in checkpoint if tensor.endswith(ends)]
     found = []
     for block, (before, after) in names.items():
-        name = re.compile(f"{re.escape(before)}([0-9]+){re.escape(after)}")
+        name = re.compile(f"{re.escape(before)}([0-9]{{1,9}}){re.escape(after)}")
         numbers = sorted(int(match[1]) for tensor in routers if (match := name.fullmatch(tensor)))
         found += [f"{_stack(block)}.{n}" if _stack(block) else n for n in numbers]
     return found
 
 
+@np.errstate(over="ignore")  # float64 beyond float32 becomes infinite
 def read_block(path, layer, dtype=None) -> tuple[MoeConfig, dict[str, np.ndarray]]:
     """(config, arrays by the names of MoeLayer.from_weights) of one MoE layer of a checkpoint.
 

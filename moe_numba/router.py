@@ -262,7 +262,7 @@ class NoisyTopKRouter(TopKRouter):
         init: str = "xavier",
     ):
         rule = "a finite number of at least 0"
-        self.noise_std = _check.number("noise_std", noise_std, rule, lambda v: v >= 0)
+        self.noise_std = _check.float32_number("noise_std", noise_std, rule, lambda v: v >= 0)
         self._seed = np.random.SeedSequence(None if seed is None else _check.integer("seed", seed, 0)).entropy
         self._calls = itertools.count()  # next() is atomic: calls from several threads differ
         biases = {"bias": bias, "e_score_correction_bias": e_score_correction_bias}
@@ -307,7 +307,8 @@ class SparseMixerRouter(TopKRouter):
         seed: int = 0,
         init: str = "xavier",
     ):
-        self.jitter_eps = _check.number("jitter_eps", jitter_eps, "a finite number above 0", lambda v: v > 0)
+        rule = "a finite number above 0"
+        self.jitter_eps = _check.float32_number("jitter_eps", jitter_eps, rule, lambda v: v > 0)
         _check.instance("config", config, RouterConfig)
         plain = RouterConfig(config.input_dim, config.num_experts, config.top_k, None)
         for name, value in config.to_dict().items():

@@ -120,6 +120,10 @@ WRONG = [
     *((name, 0) for name in ("apply_router_weight_on_input", "shared_gate", "transposed", "interleaved")),
     *((name, value) for name in ("num_identity_experts", "shared_hidden_dim") for value in [-1, 1.0, None]),
     *(("sparsemixer_eps", value) for value in [0, np.inf, "0.01"]),
+    # Kernels compute with them as float32.
+    *((name, 1e39) for name in ("noise_std", "routed_scaling_factor", "logit_softcap", "swiglu_limit", "swiglu_alpha")),
+    *((name, 1e-46) for name in ("routed_scaling_factor", "logit_softcap", "swiglu_alpha")),
+    ("swiglu_beta", -1e39),
 ]
 WRONG_ROUTER = [w for w in WRONG if w[0] in RouterConfig.__dataclass_fields__]
 
@@ -148,6 +152,7 @@ CLASHES = {
     "interleaved": [{"interleaved": True, "activation": "gelu"}],
     "group_score": [{"n_group": 8, "group_score": "top2_sum"}],
     "n_group": [{"num_experts": 128, "n_group": 64}],
+    "noise_std": [{"noise_std": 1.0, "sparsemixer_eps": 0.01, "capacity_factor": None}],
     "score_before_topk": [{"n_group": 2, "score_before_topk": False}],
     "shared_gate": [{"shared_gate": True}],
     "top_k": [{"top_k": 5, "n_group": 4, "topk_group": 2}, {"top_k": 11, "num_identity_experts": 2}],

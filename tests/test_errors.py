@@ -73,6 +73,7 @@ WRONG_KINDS = {
     "complex64": np.zeros((2, 4), np.complex64),
     "object": np.zeros((2, 4), object),
     "<U": np.full((2, 4), "a"),
+    "masked": np.ma.array(np.zeros((2, 4), np.float32)),
     "": RAGGED,
 }
 
@@ -206,6 +207,7 @@ def _fused(rng, changes):
         ("topk_ids", np.zeros((6, 3), int), "(6, 3)", "(6, 2)"),
         ("topk_ids", np.zeros((6, 2)), "float64", "integers"),
         ("topk_ids", np.zeros((6, 2), bool), "bool", "integers"),
+        ("topk_ids", np.ma.zeros((6, 2), int), "masked", "without a mask"),
         ("topk_ids", None, "object", "integers"),
         ("topk_ids", [[1, 2], [1]], "", "integers"),
     ],

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from test_checkpoint import CONFIG, H, block_tensors, split, write
 
 from moe_numba import CheckpointError, MoeLayer, list_moe_layers
+from moe_numba._files import write_tensors
 from moe_numba._safetensors import MOST_JSON, Safetensors
 from moe_numba._tokens import open_tokens
 from moe_numba.batch import run
@@ -281,6 +282,8 @@ def entry(**fields):
         ({"a": entry(dtype=["F32"])}, 16),
         ({"a": entry(dtype="I32")}, 16),
         ({"a": entry(shape="4")}, 16),
+        ({"a": entry(shape=[1] * 65, data_offsets=[0, 4])}, 4),
+        ({"a": entry(shape=[0, 2**62, 4], data_offsets=[0, 0])}, 0),
     ],
     ids=str,
 )
@@ -288,6 +291,26 @@ def test_headers_that_lie(tmp_path, header, size):
     (tmp_path / "x.safetensors").write_bytes(of_header(header, bytes(size)))
     with pytest.raises(CheckpointError, match=r"x\.safetensors: "):
         Safetensors(tmp_path / "x.safetensors").read("a")
+
+
+def test_a_shape_of_many_axes_costs_no_time(tmp_path):
+    header = of_header({"a": entry(shape=[10**18] * 40_000, data_offsets=[0, 0])})
+    (tmp_path / "x.safetensors").write_bytes(header)
+    started = time.process_time()
+    with pytest.raises(CheckpointError, match="a shape of 40000 axes"):
+        Safetensors(tmp_path / "x.safetensors")
+    assert time.process_time() - started < 1
+
+
+def test_a_file_that_is_replaced_is_read_as_it_was(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"a": np.zeros(5), "b": np.zeros((2, 3))}, {})
+    file = Safetensors(path)
+    write_tensors(path, {"a": np.ones(5), "b": np.ones((2, 3))}, {})
+    for read in (file.read, file.map):
+        assert not read("a").any()
+        assert not read("b").any()
+    assert Safetensors(path).map("b").all()
 
 
 def test_an_object_array_is_never_unpickled(tmp_path):

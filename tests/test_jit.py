@@ -94,6 +94,37 @@ def test_every_kernel_is_compiled_once_whatever_the_input(extra):
     }
 
 
+_WARM = """
+import numpy as np
+from moe_numba import MoeConfig, MoeLayer, _warmup
+_warmup.warmup()
+warm = _warmup._loaded()
+for options in ({}, {"dtype": "bfloat16"}, {"transposed": True}, {"logit_softcap": 3.0, "router_bias": True}):
+    layer = MoeLayer(MoeConfig(**options))
+    for tokens in (1, 3000):
+        layer.forward(np.ones((tokens, 64), np.float32))
+assert _warmup._loaded() == warm
+assert _warmup.warmup() == 0
+"""
+#: The shared gate has a router with rules, and the least to do.
+_PREPARED = """
+import numpy as np
+from moe_numba import MoeConfig, MoeLayer, _warmup, threads
+threads.SERIAL_BELOW = _warmup.SERIAL_BELOW = 10_000
+layer = MoeLayer(MoeConfig(shared_hidden_dim=32, shared_gate=True, capacity_factor=0.5, overflow="drop"))
+for tokens in (1, 300):
+    _warmup.prepare(layer, tokens)
+    prepared = _warmup._loaded()
+    layer.forward(np.random.default_rng(1).standard_normal((tokens, 64), np.float32))
+    assert _warmup._loaded() == prepared
+"""
+
+
+@pytest.mark.parametrize("code", [_WARM, _PREPARED], ids=["warmup", "prepare"])
+def test_what_is_compiled_ahead_is_all_that_is_wanted(code):
+    run_python(code)
+
+
 # ---- calls by address ----
 
 

@@ -330,6 +330,24 @@ def test_copies_are_independent_and_their_views_are_live(rng, duplicate):
 # ---- files ----
 
 
+def test_noise_without_a_seed_and_a_shared_gate(tmp_path):
+    layer = random_layer(input_dim=6, hidden_dim=4, noise_std=1.0, shared_hidden_dim=3, shared_gate=True)
+    layer.save(tmp_path / "layer.safetensors")
+    x = np.ones((9, 6), np.float32)
+    first, second = (MoeLayer.load(tmp_path / "layer.safetensors", seed=None)(x)[1] for _ in range(2))
+    assert not np.array_equal(first.routing_probs, second.routing_probs)
+    with pytest.raises(moe_numba.MoeValueError, match="seed was -1"):
+        MoeLayer.load(tmp_path / "layer.safetensors", seed=-1)
+
+
+def test_weights_beyond_float32_are_infinite_without_a_warning():
+    config = MoeConfig(2, 1, input_dim=3, hidden_dim=4, bias=False)
+    weights = {"up_proj": np.full((2, 4, 3), 1e300), "down_proj": np.full((2, 3, 4), -1e300)}
+    layer = MoeLayer.from_weights(config, router_weight=np.zeros((2, 3)), **weights)
+    assert np.isposinf(layer.experts.up).all()
+    assert np.isneginf(layer.experts.down).all()
+
+
 @pytest.mark.parametrize(
     "config",
     [

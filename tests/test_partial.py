@@ -1,5 +1,6 @@
 """Runs that end early and are continued: the same bytes, or a refusal; never a file left over."""
 
+import fcntl
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ import pytest
 from helpers import PACKAGE
 
 from moe_numba import CheckpointError, MoeConfig, MoeLayer, MoeValueError, batch
+from moe_numba._partial import Partial
 from moe_numba.batch import run
 
 TOKENS, WIDTH = 1003, 24
@@ -88,6 +90,18 @@ def test_batches_after_the_last_record_are_done_again(source, tmp_path):
     run(layer_of({}), source, target, BATCH, resume=True)
     run(layer_of({}), source, tmp_path / "whole.npy", BATCH)
     assert target.read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+def test_an_output_that_another_run_has_just_finished_stays_whole(tmp_path, monkeypatch):
+    """It takes its place after this run has opened it, and before it has the lock."""
+    target = tmp_path / "y.npy"
+    data = tmp_path / "y.npy.part" / "data"
+    data.parent.mkdir()
+    data.write_bytes(b"precious")
+    monkeypatch.setattr(fcntl, "flock", lambda *_: data.rename(target))
+    with pytest.raises(CheckpointError, match="another run has just ended there"):
+        Partial(target, {}).__enter__()
+    assert target.read_bytes() == b"precious"
 
 
 def test_the_same_tokens_elsewhere_are_the_same(source, tmp_path):

@@ -1,7 +1,7 @@
 """Weight formats: what the bytes of a stored weight mean. One file each.
 
-A new format is a file here, its name in `config.DTYPES`, and products for its storage dtype in
-simd/tile.py; nothing else changes.
+A new format is a file here, its name in `config.DTYPES`, and products for its storage dtype in simd/products.py and
+simd/outer.py.
 """
 
 from .bfloat16 import BFLOAT16

@@ -191,8 +191,8 @@ def _down_projection(weights, rows, topk_weights, used, space, y, worker):
             bias = bias_of(weights.down_bias, expert, column)
             for g in range(groups):
                 for i in range(0, columns, TILE):
-                    block = tile_of(weight_rows, columns, groups, i, g, tiles, tile)
-                    store_tokens(block, offset(outputs, i), width)
+                    outputs_of_group = tile_of(weight_rows, columns, groups, i, g, tiles, tile)
+                    store_tokens(outputs_of_group, offset(outputs, i), width)
                 start = first + g * TILE
                 add_outputs(outputs, width, rows, start, min(start + TILE, end), columns, topk_weights, bias, sums)
         write_sums(sums, width, columns, column, y)

@@ -1,4 +1,6 @@
-"""Matrix products with the weights as they are stored; the only file with a loop over the axis K that is summed.
+"""Matrix products with the weights as they are stored: the loop over the axis K that is summed, by vectors.
+
+(Those of a matrix unit are in amx_projection.py and amx_transposed.py.)
 
 `project`: weights [out, in]. A weight row is contiguous along K and read as it lies. Only activations are copied, by
 `pack`, so that one vector holds the same values of several rows (simd/tile.py). `project_transposed`: weights

@@ -129,7 +129,7 @@ def route(x, weight, project, noise, rules, capacity, pass_over, probs, keys, in
     expert_blocks = (experts + EXPERT_BLOCK - 1) // EXPERT_BLOCK
     token_blocks = (tokens + TOKEN_BLOCK - 1) // TOKEN_BLOCK
 
-    counts[0] = 0  # of the pieces of work taken, first
+    counts[0] = 0  # until rows are counted, the number of pieces of work that threads have taken
     for worker in prange(scratch.shape[0]):
         _logits(x, weight, project, probs, token_blocks, expert_blocks, scratch, np.int64(worker), counts)
     for block in prange(token_blocks):
@@ -176,7 +176,7 @@ def _logits(x, weight, project, probs, token_blocks, expert_blocks, scratch, wor
         rows, columns = min(TOKEN_BLOCK, tokens - t), min(EXPERT_BLOCK, experts - e)
         w = pointer(weight, e * width)
         if t != packed_token:
-            # `start` of `_pack`'s type: of another, Numba would compile a second `pack`.
+            # `start` of the type in experts.py: of another, Numba would compile a second `pack`.
             pack(pointer(x, t * width), width, pointer(_CONSECUTIVE, 0), rows, np.int64(0), width, packed, stride, w)
             packed_token = t
         call(project, packed, stride, rows, w, width, columns, width, 0, logits, EXPERT_BLOCK)
