@@ -14,6 +14,16 @@ class Activation(NamedTuple):
     function: str  #: the scalar function
     gated: bool  #: True: function(gate) * up, from two projections; False: function(up)
 
+    @property
+    def projections(self) -> int:
+        """First projections of an expert."""
+        return 2 if self.gated else 1
+
+    @property
+    def up_name(self) -> str:
+        """What their weights and biases are called, before _proj and _bias."""
+        return "gate_up" if self.gated else "up"
+
 
 #: Every activation by its name in a config.
 ACTIVATIONS = {

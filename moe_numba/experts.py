@@ -52,7 +52,8 @@ class Experts(Sequence):
         swiglu_beta=0.0,
     ):
         self.activation = _check.choice("activation", activation, ACTIVATIONS)
-        self.gated = ACTIVATIONS[activation].gated
+        kind = ACTIVATIONS[activation]
+        self.gated = kind.gated
         self._options = {
             "transposed": transposed,
             "interleaved": interleaved,
@@ -62,7 +63,7 @@ class Experts(Sequence):
         }
         self._format = FORMATS[dtype]
         self._transposed = bool(transposed)
-        up_name, up_bias_name, layout = _up_names(self.gated, self._transposed)
+        up_name, up_bias_name, layout = _up_names(kind, self._transposed)
         up = self._encode(up_name, up, (None, None, None), layout)
         self.num_experts, rows, self.input_dim = (up.swapaxes(1, 2) if transposed else up).shape
         if 0 in up.shape or (self.gated and rows % 2):
@@ -175,11 +176,11 @@ class Experts(Sequence):
 
 
 @lru_cache  # like `_form`, 1 us of a call of fused_experts
-def _up_names(gated, transposed):
+def _up_names(activation, transposed):
     """Names of the first projection and of its bias, and its shape in words."""
-    axes = ["2 * hidden_dim" if gated else "hidden_dim", "input_dim"]
+    axes = ["2 * hidden_dim" if activation.gated else "hidden_dim", "input_dim"]
     layout = ", ".join(["num_experts", *(axes[::-1] if transposed else axes)])
-    return *(("gate_up_proj", "gate_up_bias") if gated else ("up_proj", "up_bias")), f"({layout})"
+    return f"{activation.up_name}_proj", f"{activation.up_name}_bias", f"({layout})"
 
 
 @lru_cache

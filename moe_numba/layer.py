@@ -272,13 +272,13 @@ _ROUTER_PARAMETERS = {
 
 def _expert_names(config):
     """Names in `from_weights` of the experts' arrays: up, down, up_bias, down_bias."""
-    up = "gate_up" if ACTIVATIONS[config.activation].gated else "up"
+    up = ACTIVATIONS[config.activation].up_name
     return f"{up}_proj", "down_proj", f"{up}_bias", "down_bias"
 
 
 def _expert_shapes(config, hidden_dim, transposed):
     """Shapes of one expert's arrays, in the order of `_expert_names`."""
-    h, rows = config.input_dim, hidden_dim * (2 if ACTIVATIONS[config.activation].gated else 1)
+    h, rows = config.input_dim, hidden_dim * ACTIVATIONS[config.activation].projections
     weights = [(rows, h), (h, hidden_dim)]
     if transposed:
         weights = [shape[::-1] for shape in weights]

@@ -231,15 +231,11 @@ def _router_arrays(reader, family, config):
     return arrays
 
 
-def _names(config):
-    gated = ACTIVATIONS[config.activation].gated
-    return ("gate_up" if gated else "up"), config.hidden_dim * (2 if gated else 1)
-
-
 def _expert_arrays(reader, stored, config):
     """up, down and their biases, in the layout of the config."""
     experts, h, f = config.num_experts, config.input_dim, config.hidden_dim
-    up_name, rows = _names(config)
+    activation = ACTIVATIONS[config.activation]
+    rows = f * activation.projections
     dtype = FORMATS[config.dtype].values
     up_shape, down_shape = (rows, h), (h, f)
     if config.transposed:
@@ -252,9 +248,9 @@ def _expert_arrays(reader, stored, config):
             _stacked(reader, name, (experts, *shape), dtype)
             for name, shape in ((stored.up, up_shape), (stored.down, down_shape))
         ]
-    arrays = {f"{up_name}_proj": arrays[0], "down_proj": arrays[1]}
+    arrays = {f"{activation.up_name}_proj": arrays[0], "down_proj": arrays[1]}
     if config.bias:
-        arrays[f"{up_name}_bias"] = np.array(reader.tensor(stored.up_bias, (experts, rows)), np.float32)
+        arrays[f"{activation.up_name}_bias"] = np.array(reader.tensor(stored.up_bias, (experts, rows)), np.float32)
         arrays["down_bias"] = np.array(reader.tensor(stored.down_bias, (experts, h)), np.float32)
     return arrays
 
@@ -304,13 +300,13 @@ def _stacked(reader, name, shape, dtype):
 
 def _shared_arrays(reader, stored, gate, config):
     """The shared expert's up and down in the layout of the config, and its gate's weight."""
-    up_name, rows = _names(config)
-    rows = rows // config.hidden_dim * config.shared_hidden_dim
+    activation = ACTIVATIONS[config.activation]
+    rows = activation.projections * config.shared_hidden_dim
     dtype = FORMATS[config.dtype].values
     up = aligned_empty((rows, config.input_dim), dtype)
     down = aligned_empty((config.input_dim, config.shared_hidden_dim), dtype)
     _copy_expert(reader, stored, 0, up, down)
-    arrays = {f"shared_{up_name}_proj": up, "shared_down_proj": down}
+    arrays = {f"shared_{activation.up_name}_proj": up, "shared_down_proj": down}
     if config.shared_gate:
         arrays["shared_gate_weight"] = np.array(reader.tensor(gate, (1, config.input_dim)), np.float32)
     return arrays
