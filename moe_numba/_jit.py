@@ -148,7 +148,10 @@ class _CompileNotice(event.Listener):
         if function.__module__.startswith(__package__ + "."):
             event.unregister("numba:compile", self)
             if sys.stderr is not None and sys.stderr.isatty():
-                print("moe_numba: compiling kernels for this processor, once (10 to 30 s) ...", file=sys.stderr)
+                print(
+                    "moe_numba: compiling kernels for this processor, which takes up to half a minute, once ...",
+                    file=sys.stderr,
+                )
 
     def on_end(self, event_):
         pass

@@ -73,7 +73,7 @@ class Safetensors:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path}: is no whole safetensors file ({error!s:.200})") from None
+            raise CheckpointError(f"{path}: is no safetensors file, or a damaged one ({error!s:.200})") from None
         self._check_places(data, total)
 
     def _check_places(self, end, total):
@@ -85,7 +85,7 @@ class Safetensors:
             end = entry.offset + entry.size
         if end != total:
             raise CheckpointError(
-                f"{self.path}: is no whole safetensors file ({total - end} bytes after the last tensor)"
+                f"{self.path}: is no safetensors file, or a damaged one ({total - end} bytes after the last tensor)"
             )
 
     def place(self, name):

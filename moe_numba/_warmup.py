@@ -4,6 +4,7 @@ import itertools
 from copy import copy
 from dataclasses import replace
 
+import numba
 import numpy as np
 
 from ._jit import KERNELS
@@ -17,8 +18,10 @@ def warmup() -> int:
     """Call every kernel once serial and once parallel; return how many of them were not yet in memory.
 
     Kernels are compiled for types, not for shapes, so small layers serve for all: of each format and storage, and of
-    a router with rules and one without.
+    a router with rules and one without. Without the JIT there is nothing to do.
     """
+    if numba.config.DISABLE_JIT:
+        return 0
     before = _loaded()
     config = MoeConfig()
     width, experts = config.input_dim, config.num_experts

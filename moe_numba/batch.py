@@ -34,6 +34,7 @@ class RunReport:
     rows_per_expert: list[int]
     dropped_rows: int  #: slots that found no expert with room
     dropped_tokens: int  #: tokens that found none at all
+    nan_tokens: int  #: tokens whose output is NaN: they hold NaN or an infinity, or their logits overflow
     balance_loss: float  #: 1.0 when balanced
 
 
@@ -46,6 +47,7 @@ class _Totals:
     rows: list[int]  #: of each expert
     probs: list[float]  #: summed over tokens, of each expert
     dropped: int
+    nan: int  #: tokens of NaN
     digest: str  #: of the tokens read, if they are to be recognised
 
     def add(self, routing):
@@ -53,6 +55,7 @@ class _Totals:
         self.rows = (np.array(self.rows) + routing.expert_counts).tolist()
         self.probs = (np.array(self.probs) + routing.routing_probs.sum(axis=0, dtype=np.float64)).tolist()
         self.dropped += routing.num_dropped
+        self.nan += int(np.count_nonzero(np.isnan(routing.routing_probs[:, 0])))
 
     def report(self, top_k):
         probs = np.array(self.probs) / max(self.tokens, 1)
@@ -63,6 +66,7 @@ class _Totals:
             rows_per_expert=self.rows,
             dropped_rows=self.tokens * top_k - sum(self.rows),
             dropped_tokens=self.dropped,
+            nan_tokens=self.nan,
             balance_loss=balance_of(np.array(self.rows), probs),
         )
 
@@ -151,7 +155,7 @@ def _batches(layer, tokens, count, batch_size, output, totals, progress):
 
 def _no_totals(layer):
     experts = layer.router.config.num_experts
-    return _Totals(tokens=0, seconds=0.0, rows=[0] * experts, probs=[0.0] * experts, dropped=0, digest="")
+    return _Totals(tokens=0, seconds=0.0, rows=[0] * experts, probs=[0.0] * experts, dropped=0, nan=0, digest="")
 
 
 def _write_header(output, shape):

@@ -19,6 +19,10 @@ class Checkpoint:
 
     def __init__(self, path):
         self.path = Path(path)
+        if not self.path.is_dir():
+            raise CheckpointError(
+                f"{path}: is no directory; a model has to be there already, for example by `hf download`"
+            )
         self.config = read_json(self._inside("config.json"))
         self._shards = {}
         if os.path.lexists(self.path / INDEX):

@@ -51,6 +51,7 @@ def main(arguments=None) -> int:
 
 
 def _main(arguments):
+    options = None
     try:
         options = _parser().parse_args(arguments)
         options.command(options)
@@ -61,7 +62,7 @@ def _main(arguments):
     except MemoryError as error:
         message = f"not enough memory, try a smaller --batch-size ({error})"
     except KeyboardInterrupt:
-        print("moe-numba: interrupted", file=sys.stderr)
+        print(f"moe-numba: interrupted{_kept(options)}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         _discard_stdout()
@@ -71,6 +72,16 @@ def _main(arguments):
         message = f"standard output cannot be written ({error.strerror})"
     print("moe-numba: error:", " ".join(message.split()), file=sys.stderr)
     return 2
+
+
+def _kept(options):
+    """What an interrupted run leaves, in words."""
+    output = getattr(options, "output", None)
+    if output is None:
+        return ""
+    if options.resume:
+        return f"; what is done is kept in {output}.part, and the same command continues"
+    return f"; {output} was not written (with --resume a run keeps what is done)"
 
 
 def _end(number, frame):
@@ -94,7 +105,8 @@ def _discard_stdout():
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         message = " ".join(message.split())
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        command = "" if " " in self.prog else " [COMMAND]"
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog}{command} --help)\n")
 
 
 def _parser():
@@ -122,7 +134,13 @@ def _parser():
         action="store_true",
         help="keep what is done in OUTPUT.part if the run ends early, and continue from there",
     )
-    command.add_argument("--batch-size", metavar="N", type=int, default=4096, help="tokens per batch (4096)")
+    command.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=int,
+        default=4096,
+        help="tokens per batch and its capacity limit (4096)",
+    )
     command.add_argument("--threads", metavar="N", type=int, help="threads to use (all cores)")
     command.add_argument("--json", action="store_true", help="print the report as one JSON object")
 
@@ -148,7 +166,9 @@ def _run(options):
         try:
             set_num_threads(options.threads)
         except MoeError as error:
-            raise MoeError(f"--threads: {error}") from None
+            raise MoeError(f"--threads{str(error).removeprefix('n')}") from None
+    if options.batch_size < 1:
+        raise MoeError(f"--batch-size was {options.batch_size}, but must be at least 1")
     layer, layer_name = _load_layer(options)
     with _progress_bar() as bar:
         advance = functools.partial(_advance, bar)
@@ -174,7 +194,7 @@ def _run(options):
             facts["balance_loss"] = None
         print(json.dumps(facts, allow_nan=False))
     else:
-        print(_report_text(facts))
+        print(_report_text(facts, layer.config))
 
 
 def _advance(bar, done, total):
@@ -188,6 +208,8 @@ def _load_layer(options):
     """The layer to run, and what to call it."""
     if options.checkpoint is None:
         if options.layer is not None:
+            if options.layer.isdecimal() and not Path(options.layer).exists():
+                raise MoeError("--checkpoint was left out, but must be given with a layer's number")
             return MoeLayer.load(options.layer), options.layer
         return MoeLayer.load(DATA / "digits_layer.safetensors"), "trained denoiser for digits (ships in the package)"
     if options.input is None:
@@ -209,13 +231,10 @@ def _progress_bar():
     return tqdm(unit=" tokens", unit_scale=True, delay=1.0, disable=None, leave=False)
 
 
-def _report_text(facts):
-    shape = (
-        "{num_experts} experts, {top_k} per token, {input_dim} -> {hidden_dim} -> {input_dim}, {activation}, {dtype}"
-    )
+def _report_text(facts, shape):
     lines = [
         ("layer", facts["layer"]),
-        ("", shape.format(**facts)),
+        ("", shape),
         ("input", facts["input"]),
         ("output", facts["output"] or "not written (--output FILE writes it)"),
         ("tokens", f"{facts['tokens']:,}"),
@@ -224,6 +243,9 @@ def _report_text(facts):
         ("dropped", f"{facts['dropped_rows']:,} rows, {facts['dropped_tokens']:,} whole tokens"),
         ("balance loss", f"{facts['balance_loss']:.4f} (1 is even)"),
     ]
+    if facts["nan_tokens"]:
+        why = "they hold NaN or an infinity, or their logits overflow"
+        lines.append(("NaN", f"{facts['nan_tokens']:,} tokens: {why}"))
     text = [f"{name:13} {value}" for name, value in lines]
     return "\n".join([*text, "", "rows per expert", *_bar_chart(facts["rows_per_expert"])])
 
@@ -263,6 +285,9 @@ def _facts():
     features = target.cpu_features()
     used = [name for name in ("avx512f", "avx2", "fma", "neon") if name in features]
     lanes = target.LANES
+    without_cache = "none can be written: kernels are compiled in every process"
+    if numba.config.DISABLE_JIT:
+        without_cache = "none: NUMBA_DISABLE_JIT is set, and kernels are plain Python"
     cache = {Path(twin._cache.cache_path) for k in KERNELS for twin in (k.serial, k.parallel) if twin._cache.cache_path}
     return {
         "processor": _processor(),
@@ -273,7 +298,7 @@ def _facts():
         "matrix_unit": "AMX, for bfloat16 weights" if target.has_amx() else "none",
         "threads": f"{get_num_threads()} of {os.cpu_count()} processors",
         "threading_layer": threading_layer(),
-        "cache": sorted(str(path) for path in cache) or "none can be written: kernels are compiled in every process",
+        "cache": sorted(str(path) for path in cache) or without_cache,
         "moe_numba": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
@@ -293,6 +318,9 @@ def _processor():
 
 
 def _warmup(options):
+    if numba.config.DISABLE_JIT:
+        print("nothing to compile: NUMBA_DISABLE_JIT is set")
+        return
     start = time.perf_counter()
     n = warmup()
     print(f"{n} kernels compiled or loaded from the cache in {time.perf_counter() - start:.1f} s")

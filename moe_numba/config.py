@@ -55,6 +55,12 @@ MOST_GROUPS = 63
 class _Config:
     """Conversions shared by the configurations below."""
 
+    def __repr__(self):
+        """What has to be said to make it, the class's own fields first."""
+        named = sorted(fields(self), key=lambda f: f.name in _Routing.__dataclass_fields__)
+        said = (f"{f.name}={getattr(self, f.name)!r}" for f in named if getattr(self, f.name) != f.default)
+        return f"{type(self).__name__}({', '.join(said)})"
+
     def to_dict(self) -> dict:
         """The fields as a dict of plain values."""
         return asdict(self)
@@ -90,7 +96,7 @@ class _Config:
         object.__setattr__(self, name, value)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class _Routing(_Config):
     """How tokens choose experts; shared by MoeConfig and RouterConfig. docs/routing.md has the rules.
 
@@ -165,7 +171,7 @@ class _Routing(_Config):
         self._set(name, _check.float32_number(name, getattr(self, name), rule, accept))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MoeConfig(_Routing):
     """Configuration of a MoeLayer. Raises MoeValueError for values outside the stated ranges."""
 
@@ -216,6 +222,11 @@ class MoeConfig(_Routing):
             if self.noise_std:
                 _check.fail("noise_std", self.noise_std, "0 beside sparsemixer_eps, which routes without noise")
 
+    def __str__(self):
+        """The layer in a line."""
+        shape = f"{self.input_dim} -> {self.hidden_dim} -> {self.input_dim}"
+        return f"{self.num_experts} experts, {self.top_k} per token, {shape}, {self.activation}, {self.dtype}"
+
     def router_config(self) -> "RouterConfig":
         """The part of the configuration that the router needs; its experts include the identity experts."""
         routing = {f.name: getattr(self, f.name) for f in fields(_Routing)}
@@ -223,7 +234,7 @@ class MoeConfig(_Routing):
         return RouterConfig(self.input_dim, experts, self.top_k, self.capacity_factor, **routing)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RouterConfig(_Routing):
     """Configuration of a router; the fields are those of MoeConfig."""
 

@@ -132,8 +132,10 @@ class Experts(Sequence):
     def __getitem__(self, e):
         if isinstance(e, slice):
             return [self[i] for i in range(*e.indices(len(self)))]
-        e = range(len(self))[e]  # negative indices and IndexError, as for a list
-        return Expert._of(self._slice(e))
+        try:
+            return Expert._of(self._slice(range(len(self))[e]))  # negative indices, as of a list
+        except IndexError:
+            raise IndexError(f"expert was {e}, but must be from {-len(self)} to {len(self) - 1}") from None
 
     def _slice(self, e):
         """Experts holding only expert e, as views."""

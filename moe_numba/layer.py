@@ -105,7 +105,8 @@ class MoeLayer:
         for name, array in given.items():
             if (array is not None) != (name in wanted):
                 was, rule = ("missing", "given") if array is None else ("given", "left out")
-                _check.fail(name, was, f"{rule} with this config: {config}")
+                options = [f"{option}={getattr(config, option)!r}" for option in _options_of(name)]
+                _check.fail(name, was, f"{rule} with {', '.join(options)}" if options else rule)
         arrays = {name: _shaped(name, given[name], shape, config) for name, shape in wanted.items()}
         experts = [arrays.get(name) for name in _expert_names(config)]
         shared = None
@@ -141,6 +142,9 @@ class MoeLayer:
         return y, routing
 
     __call__ = forward
+
+    def __repr__(self):
+        return f"<MoeLayer: {self.config!s}>"
 
     def _routed(self, x, routing):
         """What the chosen experts add up to."""
@@ -219,8 +223,8 @@ class MoeLayer:
             _check.integer("seed", seed, 0)
         file = Safetensors(path)
         try:
-            config = MoeConfig.from_json(file.metadata["config"])
-        except (KeyError, MoeValueError) as error:
+            config = MoeConfig.from_json(file.metadata.get("config"))
+        except MoeValueError as error:
             raise CheckpointError(f"{path}: no moe_numba layer, its metadata has no valid config ({error})") from None
         wanted = _tensor_shapes(config)
         if set(file.entries) != set(wanted):
@@ -268,6 +272,19 @@ _ROUTER_PARAMETERS = {
     "router_bias": "bias",
     "e_score_correction_bias": "e_score_correction_bias",
 }
+
+
+def _options_of(name):
+    """Fields of a config that decide whether `from_weights` wants an array."""
+    router = {
+        "router_bias": "router_bias",
+        "e_score_correction_bias": "selection_bias",
+        "shared_gate_weight": "shared_gate",
+    }
+    if name in router:
+        return [router[name]]
+    options = {"shared_": "shared_hidden_dim", "up_": "activation", "_bias": "bias"}
+    return [option for part, option in options.items() if part in name]
 
 
 def _expert_names(config):

@@ -110,10 +110,8 @@ class TopKRouter:
         if weight is None:
             weight = router_weight(shape, seed, init)
         self._weight = _check.floats("weight", weight, shape, "(num_experts, input_dim)")
-        self._bias = _vector("bias", bias, config.router_bias, config)
-        self._selection_bias = _vector(
-            "e_score_correction_bias", e_score_correction_bias, config.selection_bias, config
-        )
+        self._bias = _vector("bias", bias, "router_bias", config)
+        self._selection_bias = _vector("e_score_correction_bias", e_score_correction_bias, "selection_bias", config)
         self._make_views()
 
     def _make_views(self):
@@ -338,11 +336,11 @@ _WITHOUT_RULES = {
 }
 
 
-def _vector(name, value, wanted, config):
-    """A bias (E,) of a router: given or zeros if `wanted`, else None."""
-    if not wanted:
+def _vector(name, value, option, config):
+    """A bias (E,) of a router: given or zeros if the config's option says so, else None."""
+    if not getattr(config, option):
         if value is not None:
-            _check.fail(name, "given", f"left out with this config: {config}")
+            _check.fail(name, "given", f"left out with {option}=False")
         return None
     if value is None:
         return np.zeros(config.num_experts, np.float32)

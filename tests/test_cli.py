@@ -66,6 +66,9 @@ def test_token_of_nan_keeps_json_valid(tmp_path, capsys):
     facts = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert facts["balance_loss"] is None
     assert facts["dropped_rows"] == 2
+    assert facts["nan_tokens"] == 1
+    assert cli.main(["run", "--input", str(tmp_path / "x.npy")]) == 0
+    assert re.search(r"^NaN +1 tokens: ", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_bfloat16_layer(tmp_path, capsys):
@@ -83,8 +86,10 @@ def test_ended_run_leaves_the_old_output_whole(tmp_path, number):
     while process.poll() is None and not list(tmp_path.glob(".*.part")):
         time.sleep(0.01)
     process.send_signal(number)
-    process.communicate(timeout=60)
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number
+    if number == signal.SIGINT:
+        assert b"interrupted; y.npy was not written" in said
     assert (tmp_path / "y.npy").read_bytes() == b"precious"
     assert {p.name for p in tmp_path.iterdir()} == {"x.npy", "y.npy"}
 
@@ -141,10 +146,14 @@ def test_full_standard_output_is_one_line():
         (["run", "--layer", ""], "cannot be read"),
         (["run", "--nonsense", "two\nlines"], "unrecognized arguments: --nonsense two lines"),
         (["run", "--output", "missing/y.npy"], "missing/y.npy: cannot be written"),
-        (["run", "--batch-size", "0"], "batch_size was 0"),
+        (["run", "--batch-size", "0"], "--batch-size was 0"),
         (["run", "--batch-size", "many"], "invalid int value: 'many'"),
-        (["run", "--threads", "0"], "--threads: n was 0"),
-        (["run", "--threads", "100000"], "--threads: n was 100000"),
+        (["run", "--threads", "0"], "--threads was 0"),
+        (["run", "--threads", "100000"], "--threads was 100000"),
+        (["run", "--layer", "3"], "--checkpoint was left out"),
+        (["run", "--checkpoint", "missing", "--input", "x.npy", "--layer", "1"], "missing: is no directory"),
+        (["run", "--nonsense"], "see moe-numba [COMMAND] --help"),
+        (["run", "--batch-size"], "see moe-numba run --help"),
         (["run", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["fly"], "invalid choice: 'fly'"),
         ([], "the following arguments are required"),

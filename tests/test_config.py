@@ -165,6 +165,17 @@ def test_options_that_exclude_each_other_are_named(name, values):
         MoeConfig(**values)
 
 
+def test_text_says_what_is_not_as_usual():
+    assert repr(MoeConfig()) == "MoeConfig()"
+    config = MoeConfig(4, top_k=1, scoring="sigmoid")
+    assert repr(config) == "MoeConfig(num_experts=4, top_k=1, scoring='sigmoid')"
+    assert str(config) == "4 experts, 1 per token, 64 -> 128 -> 64, relu, float32"
+    router = RouterConfig(4, 3, 2, None, norm_topk_prob=False)
+    expected = "RouterConfig(input_dim=4, num_experts=3, top_k=2, capacity_factor=None, norm_topk_prob=False)"
+    assert repr(router) == expected
+    assert eval(expected) == router
+
+
 @pytest.mark.parametrize("kind", [MoeConfig, RouterConfig])
 @pytest.mark.parametrize("values", [{"topk": 1}, {1: 2}, [("top_k", 1)], None, "top_k"])
 def test_from_dict_refuses_what_it_does_not_know(kind, values):
