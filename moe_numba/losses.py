@@ -21,9 +21,11 @@ def balance_loss(routing: RoutingResult) -> float:
     f_i is the fraction of dispatched rows at expert i, P_i the mean of routing_probs[:, i].
     1.0 when balanced, 0.0 for an empty batch. routing: RoutingResult.
     """
-    _check.instance("routing", routing, RoutingResult)
-    probs = np.asarray(routing.routing_probs)
-    return balance_of(np.asarray(routing.expert_counts), probs.mean(axis=0, dtype=np.float64)) if len(probs) else 0.0
+    try:
+        counts, probs = np.asarray(routing.expert_counts), np.asarray(routing.routing_probs)
+    except AttributeError:  # of anything that has them, such as reference.Routing, they will do
+        _check.fail("routing", f"{routing!r:.80}", "a RoutingResult")
+    return balance_of(counts, probs.mean(axis=0, dtype=np.float64)) if len(probs) else 0.0
 
 
 def balance_of(counts, mean_probs) -> float:

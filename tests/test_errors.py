@@ -288,3 +288,12 @@ def test_set_num_threads(n):
     before = moe_numba.get_num_threads()
     _raises("n", repr(n), "at", lambda: moe_numba.set_num_threads(n))
     assert moe_numba.get_num_threads() == before
+
+
+def test_balance_loss_of_something_else():
+    _raises("routing", "3", "a RoutingResult", lambda: MoeLayer(CONFIG).balance_loss(3))
+
+
+def test_an_expert_that_is_not_there():
+    with pytest.raises(IndexError, match="expert was 3, but must be from -3 to 2"):
+        MoeLayer(CONFIG).experts[3]
