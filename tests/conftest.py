@@ -9,8 +9,9 @@ from moe_numba import threads
 
 _unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.register_profile("quick", _unhurried, max_examples=30)
-#: Without the JIT a case takes a hundred times as long.
-settings.register_profile("plain", _unhurried, max_examples=50)
+#: Without the JIT a case takes a hundred times as long. The same ones in every run: lines are counted there, of which
+#: random ones meet 98 % in most runs, and in one met 94 %.
+settings.register_profile("plain", _unhurried, max_examples=50, derandomize=True)
 #: By hand: docs/reliability.md.
 settings.register_profile("long", _unhurried, max_examples=2000)
 settings.load_profile("quick")
