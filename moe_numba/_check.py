@@ -87,15 +87,19 @@ def float_dtype(name, value):
 
 def array(name, value, rule="an array, or nested lists of equal lengths"):
     """`value` as a NumPy array; lists of integers become float32."""
-    if isinstance(value, np.ma.MaskedArray):
-        fail(name, "a masked array", "an array without a mask (for example value.filled(0))")
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
         return value
+    result = _as_array(name, value, rule)
+    return result.astype(np.float32) if result.dtype.kind in "iu" else result
+
+
+def _as_array(name, value, rule):
+    if isinstance(value, np.ma.MaskedArray):
+        fail(name, "a masked array", f"{rule}, without a mask")
     try:
-        result = np.asarray(value)
+        return np.asarray(value)
     except ValueError:  # nested lists of unequal lengths
         fail(name, f"{value!r:.60}", rule)
-    return result.astype(np.float32) if result.dtype.kind in "iu" else result
 
 
 def floats(name, value, shape, wanted=None):
@@ -135,12 +139,7 @@ def _rule(shape):
 
 def integers(name, value, shape):
     """`value` as a C-contiguous, aligned int64 array of exactly this shape."""
-    if isinstance(value, np.ma.MaskedArray):
-        fail(name, "a masked array", f"integers of shape {shape}, without a mask")
-    try:
-        value = np.asarray(value)
-    except ValueError:
-        fail(name, f"{value!r:.60}", f"integers of shape {shape}")
+    value = _as_array(name, value, f"integers of shape {shape}")
     if value.dtype.kind not in "iu" or value.shape != shape:
         fail(name, describe(value), f"integers of shape {shape}")
     return converted(value, np.int64)

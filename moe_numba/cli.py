@@ -17,7 +17,7 @@ from pathlib import Path
 import numba
 import numpy as np
 
-from . import __version__
+from . import __version__, _check
 from ._jit import KERNELS
 from ._warmup import warmup
 from .batch import run
@@ -167,8 +167,7 @@ def _run(options):
             set_num_threads(options.threads)
         except MoeError as error:
             raise MoeError(f"--threads{str(error).removeprefix('n')}") from None
-    if options.batch_size < 1:
-        raise MoeError(f"--batch-size was {options.batch_size}, but must be at least 1")
+    _check.integer("--batch-size", options.batch_size, 1)
     layer, layer_name = _load_layer(options)
     with _progress_bar() as bar:
         advance = functools.partial(_advance, bar)
