@@ -1,4 +1,4 @@
-"""Engines: the kernels that compute experts, how each wants rows cut, and which memory it needs."""
+"""Engines: the kernels that compute experts, and which memory each needs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,11 +33,9 @@ class Engine:
     """A kernel that computes experts."""
 
     name: str
-    kernel: Kernel  #: called with x, Weights, Form, Products, Rows, topk_weights, used, workspace, y
+    kernel: Kernel  #: called with x, Weights, Form, Products, indices, topk_weights, used, workspace, y
     workspace: type  #: the NamedTuple that it takes its memory in; the last field is counters
     shapes: Callable  #: Sizes -> (rows, length, dtype) of every field but counters
-    row_block: int  #: rows of a block at most
-    unit: int  #: rows of a group
 
 
 def _odd_lines(width):
@@ -61,6 +59,11 @@ def _groups(s, unit):
     return min(s.rows, s.num_experts) + s.rows // unit
 
 
+def _plan_shape(s, row_block):
+    """Of the memory of kernels.plan.plan_rows."""
+    return 1, 2 * s.rows + s.num_experts + 4 * (s.num_experts + s.rows // row_block), np.int64
+
+
 def _vector_shapes(operand):
     def shapes(s):
         columns = _output_columns(s, experts.OUTPUT_COLUMNS, experts.TRANSPOSED_BLOCK)
@@ -70,6 +73,7 @@ def _vector_shapes(operand):
             *((_groups(s, GROUP_ROWS), length, operand) for length in packed),
             (s.threads, max(1, s.tokens) * columns, np.float32),
             (s.threads, experts.SCRATCH_SIZE, np.float32),
+            _plan_shape(s, projection.ROW_BLOCK),
         ]
 
     return shapes
@@ -87,6 +91,7 @@ def _amx_shapes(s):
         (s.threads, amx.SCRATCH_SIZE, np.float32),
         (s.threads, TILE * columns + SUMS, np.float32),
         (s.threads, 2 * TILE * DEPTH, np.uint16),
+        _plan_shape(s, amx.ROW_BLOCK),
     ]
 
 
@@ -97,26 +102,22 @@ def _amx_transposed_shapes(s):
         *((rows, _odd_lines(width + 1), np.float32) for width in (s.input_dim, s.hidden_dim)),
         (s.threads, max(1, s.tokens) * columns, np.float32),
         (s.threads, amx_transposed.SCRATCH_SIZE, np.float32),
+        _plan_shape(s, amx_transposed.ROW_BLOCK),
     ]
 
 
-def _vectors(name, operand):
-    kernel, row_block, unit = experts.experts_forward, projection.ROW_BLOCK, GROUP_ROWS
-    return Engine(name, kernel, experts.Workspace, _vector_shapes(operand), row_block, unit)
-
-
 #: Vector registers, with float32 activations, and with bfloat16 ones.
-VECTORS = _vectors("vectors", np.float32)
-VECTORS_BFLOAT16 = _vectors("vectors, bfloat16", np.uint16)
+VECTORS, VECTORS_BFLOAT16 = (
+    Engine(name, experts.experts_forward, experts.Workspace, _vector_shapes(operand))
+    for name, operand in (("vectors", np.float32), ("vectors, bfloat16", np.uint16))
+)
 #: The matrix unit, and with weights stored [in, out].
-AMX = Engine("AMX", amx.experts_forward_amx, amx.AmxWorkspace, _amx_shapes, amx.ROW_BLOCK, TILE)
+AMX = Engine("AMX", amx.experts_forward_amx, amx.AmxWorkspace, _amx_shapes)
 AMX_TRANSPOSED = Engine(
     "AMX, transposed",
     amx_transposed.experts_forward_amx_transposed,
     amx_transposed.AmxTransposedWorkspace,
     _amx_transposed_shapes,
-    amx_transposed.ROW_BLOCK,
-    TILE,
 )
 
 

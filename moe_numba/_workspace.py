@@ -7,6 +7,7 @@ a forward. Every Python thread keeps one buffer that grows to the largest call i
 
 import math
 import threading
+from bisect import bisect_right
 from functools import lru_cache
 
 import numpy as np
@@ -39,7 +40,7 @@ def _bytes(shape):
 
 def chunk_tokens(engine, top_k, num_experts, input_dim, hidden_dim, threads) -> int:
     """Tokens per chunk, so that its workspace stays below CHUNK_BYTES; at least LEAST_CHUNK."""
-    return max(LEAST_CHUNK, _tokens_in(CHUNK_BYTES, engine, top_k, num_experts, input_dim, hidden_dim, threads))
+    return _tokens_in(CHUNK_BYTES, engine, top_k, num_experts, input_dim, hidden_dim, threads)
 
 
 @lru_cache
@@ -47,10 +48,8 @@ def _tokens_in(limit, engine, top_k, *layer):
     def size(tokens):
         return sum(map(_bytes, engine.shapes(Sizes(tokens, tokens * top_k, *layer))))
 
-    many = max(512, 16 * layer[0])  # pieces of work are of one size, every expert has rows, whatever more come
-    per_token = (size(2 * many) - size(many)) // many
-    fixed = size(many) - many * per_token
-    return (limit - fixed) // per_token
+    too_many = range(LEAST_CHUNK + 1, max(LEAST_CHUNK + 1, limit))
+    return LEAST_CHUNK + bisect_right(too_many, limit, key=size)
 
 
 def take_workspace(engine, sizes):

@@ -16,7 +16,6 @@ from .config import ACTIVATIONS, MoeConfig
 from .formats import FORMATS
 from .kernels.activations import CLAMPED_SILU, CODES
 from .kernels.experts import Form
-from .plan import DispatchPlan
 from .threads import get_num_threads, threads_for, twin
 
 _NO_BIAS = _check.read_only(np.empty((0, 0), np.float32))
@@ -163,15 +162,15 @@ class Experts(Sequence):
     def _forward_chunk(self, x, indices, weights, used, skip_invalid, y):
         tokens, k = indices.shape
         engine = self.engine
-        plan = DispatchPlan(indices, used, self.num_experts, engine)
-        if plan.num_invalid and not skip_invalid:
-            bad = indices[(indices < 0) | (indices >= self.num_experts)][0]
-            _check.fail("topk_ids", f"an array with the value {bad}", f"from 0 to {self.num_experts - 1}")
-        threads = threads_for(plan.num_rows * self.hidden_dim * self.input_dim * (3 if self.gated else 2))
+        threads = threads_for(tokens * k * self.hidden_dim * self.input_dim * (3 if self.gated else 2))
         space = take_workspace(engine, (tokens, tokens * k, self.num_experts, self.input_dim, self.hidden_dim, threads))
         products = products_for(engine, self._format.storage, self._transposed)
         kernel = twin(engine.kernel, threads)
-        kernel(_check.read_only(x), self._weights, self._form, products, plan.rows, weights, used, space, y)
+        x = _check.read_only(x)
+        invalid = kernel(x, self._weights, self._form, products, indices, weights, used, space, y)
+        if invalid and not skip_invalid:
+            bad = indices[(indices < 0) | (indices >= self.num_experts)][0]
+            _check.fail("topk_ids", f"an array with the value {bad}", f"from 0 to {self.num_experts - 1}")
 
     def _chunk_tokens(self, k):
         return chunk_tokens(self.engine, k, self.num_experts, self.input_dim, self.hidden_dim, get_num_threads())

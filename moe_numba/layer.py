@@ -187,7 +187,8 @@ class MoeLayer:
         width = self.config.input_dim
         if x.ndim == 0 or x.shape[-1] != width:
             _check.fail("x", _check.describe(x), f"of shape ({width},) or (..., {width})")
-        return _check.read_only(_check.floats("x", x.reshape(-1, width), (None, width))), x.shape
+        rows = x if x.ndim == 2 else x.reshape(-1, width)
+        return _check.read_only(_check.floats("x", rows, (None, width))), x.shape
 
     def astype(self, dtype: str) -> "MoeLayer":
         """This layer with expert weights in another format, one of config.DTYPES; the router stays float32.

@@ -6,12 +6,14 @@ T tokens, H input_dim, F hidden_dim, E num_experts, K top_k.
 import math
 
 import numpy as np
+from numba import njit
 
 from moe_numba import MoeConfig, MoeLayer, TopKRouter
 from moe_numba._aligned import aligned_empty
-from moe_numba._engines import engine_for
-from moe_numba.formats import FORMATS
-from moe_numba.plan import DispatchPlan
+from moe_numba._engines import VECTORS, Sizes
+from moe_numba.kernels.plan import plan_rows
+from moe_numba.kernels.projection import ROW_BLOCK
+from moe_numba.simd.target import GROUP_ROWS
 
 
 def _swiglu(input_dim, hidden_dim, num_experts, top_k):
@@ -60,13 +62,19 @@ def prepare(name, tokens, step):
         return router.route, [(x,) for x in inputs]
     routed = [(x, router.route(x)) for x in inputs]
     if step == "plan":
-        widths = (config.input_dim, config.hidden_dim)
-        engine = engine_for(FORMATS[config.dtype].storage, config.transposed, widths)
-        return DispatchPlan, [(r.expert_indices, r.slots_used, config.num_experts, engine) for _, r in routed]
+        sizes = Sizes(tokens, tokens * config.top_k, config.num_experts, config.input_dim, config.hidden_dim, 1)
+        size = VECTORS.shapes(sizes)[VECTORS.workspace._fields.index("plan")][1]
+        memory = np.empty(size, np.int64)
+        return _plan, [(r.expert_indices, r.slots_used, config.num_experts, memory) for _, r in routed]
     layer = make_layer(config)
     if step == "experts":
         return layer.experts.forward, [(x, r.expert_indices, r.expert_weights, r.slots_used) for x, r in routed]
     return layer.forward, [(x,) for x in inputs]
+
+
+@njit
+def _plan(indices, used, experts, memory):
+    return plan_rows(indices, used, experts, ROW_BLOCK, GROUP_ROWS, memory)[3]
 
 
 def make_layer(config):

@@ -8,6 +8,7 @@ from helpers import assert_close, assert_same_bits, experts_reference, guarded_c
 from moe_numba import _engines, experts, get_num_threads, set_num_threads
 from moe_numba._engines import AMX, AMX_TRANSPOSED, VECTORS, VECTORS_BFLOAT16, engine_for
 from moe_numba.experts import Experts
+from moe_numba.kernels import amx
 from moe_numba.simd.target import has_amx, has_bf16_dot
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -127,7 +128,7 @@ def test_amx_blocks_of_one_expert(rng, monkeypatch, transposed):
     """More rows than a block holds, all of one expert."""
     monkeypatch.setattr(experts, "chunk_tokens", lambda *_: 10**6)
     one = _experts(rng, "swiglu", 96, 64, num_experts=1, transposed=transposed)
-    x, *routing = _routed(rng, one, 2 * AMX.row_block + 3, top_k=1)
+    x, *routing = _routed(rng, one, 2 * amx.ROW_BLOCK + 3, top_k=1)
     y = one.forward(x, *routing)
     assert_close(y, experts_reference(one, x.astype(BFLOAT16).astype(np.float64), *routing), 2**-8)
 

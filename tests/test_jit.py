@@ -87,7 +87,6 @@ def test_every_kernel_is_compiled_once_whatever_the_input(extra):
         "experts_forward": (1, 1),
         "experts_forward_amx": (0, 0),  # of bfloat16 weights
         "experts_forward_amx_transposed": (0, 0),
-        "plan_rows": (1, 0),  # never parallel
         "project": (1, 0),  # called by its address
         "route": (1, 1),
         "softmax_rows": (1, 1),

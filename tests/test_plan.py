@@ -1,26 +1,39 @@
-"""DispatchPlan: rows sorted by expert and cut into blocks."""
+"""The plan of a forward: rows sorted by expert and cut into blocks."""
 
 import numpy as np
 import pytest
 from helpers import compiled
 from numpy.testing import assert_array_equal
 
-from moe_numba._engines import AMX, VECTORS
-from moe_numba.kernels.plan import Rows, output_piece
-from moe_numba.plan import DispatchPlan
+from moe_numba.kernels import amx, projection
+from moe_numba.kernels.plan import Rows, output_piece, plan_rows
+from moe_numba.simd.amx import TILE
+from moe_numba.simd.target import GROUP_ROWS
 
-ENGINES = (VECTORS, AMX)  # AMX's plan can be made on any processor
+#: Rows of a block at most, and of a group: of vector registers, and of a matrix unit, whose plan any processor makes.
+VECTORS, AMX = (projection.ROW_BLOCK, GROUP_ROWS), (amx.ROW_BLOCK, TILE)
 
 pytestmark = pytest.mark.plain
 
 
-def _assert_plan(indices, used, num_experts, engine):
+@compiled
+def _plan_rows(indices, used, experts, row_block, unit, memory):
+    return plan_rows(indices, used, experts, row_block, unit, memory)
+
+
+def _plan(indices, used, num_experts, cut):
+    """Rows laid out in memory that held anything."""
+    slots, row_block = indices.size, cut[0]
+    memory = np.full(2 * slots + num_experts + 4 * (num_experts + slots // row_block), -99)
+    return Rows(*_plan_rows(indices, used, num_experts, *cut, memory))
+
+
+def _assert_plan(indices, used, num_experts, cut):
     """Every promise of the layout, checked from the outside."""
-    plan = DispatchPlan(indices, used, num_experts, engine)
-    rows = Rows(*plan.rows)
+    row_block, unit = cut
+    rows = _plan(indices, used, num_experts, cut)
     slots = [(t, j) for t in range(len(indices)) for j in range(used[t])]
-    assert plan.num_rows == len(slots)
-    assert plan.num_invalid == 0
+    assert rows.invalid == 0
 
     row_of = {divmod(int(slot), indices.shape[1]): r for r, slot in enumerate(rows.row_slot[: len(slots)])}
     assert sorted(row_of) == slots  # every used slot has one row
@@ -33,9 +46,9 @@ def _assert_plan(indices, used, num_experts, engine):
     end = groups = 0
     for expert, first, last, group in rows.blocks[: rows.n_blocks]:
         assert first == end  # blocks cover the rows without a gap
-        assert 0 < last - first <= engine.row_block
+        assert 0 < last - first <= row_block
         assert group == groups
-        groups += -(-(last - first) // engine.unit)
+        groups += -(-(last - first) // unit)
         assert {expert_of_row[r] for r in range(first, last)} == {expert}
         end = last
     assert end == len(slots)
@@ -43,24 +56,23 @@ def _assert_plan(indices, used, num_experts, engine):
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 63, 64, 65, 300, 700])
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (4, 1), (5, 3), (64, 8), (6, 6)])
-@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
-def test_layout(rng, engine, tokens, num_experts, top_k):
+@pytest.mark.parametrize("cut", [VECTORS, AMX], ids=["vectors", "AMX"])
+def test_layout(rng, cut, tokens, num_experts, top_k):
     ranked = rng.random((tokens, num_experts)).argsort(axis=1)
     indices = np.ascontiguousarray(ranked[:, :top_k])
-    _assert_plan(indices, np.full(tokens, top_k), num_experts, engine)
-    _assert_plan(indices, rng.integers(0, top_k + 1, tokens), num_experts, engine)
+    _assert_plan(indices, np.full(tokens, top_k), num_experts, cut)
+    _assert_plan(indices, rng.integers(0, top_k + 1, tokens), num_experts, cut)
 
 
 def test_one_expert_taken_twice_by_a_token():
     _assert_plan(np.array([[2, 2], [1, 2]]), np.array([2, 2]), 4, VECTORS)
 
 
-@pytest.mark.parametrize("rows", range(1, 4 * VECTORS.row_block + 2))
+@pytest.mark.parametrize("rows", range(1, 4 * projection.ROW_BLOCK + 2))
 def test_blocks_of_one_expert_are_about_equal(rows):
-    plan = DispatchPlan(np.full((rows, 1), 1), np.ones(rows, np.int64), 3, VECTORS)
-    laid_out = Rows(*plan.rows)
+    laid_out = _plan(np.full((rows, 1), 1), np.ones(rows, np.int64), 3, VECTORS)
     blocks = laid_out.blocks[: laid_out.n_blocks]
-    assert len(blocks) == -(-rows // VECTORS.row_block)
+    assert len(blocks) == -(-rows // projection.ROW_BLOCK)
     sizes = blocks[:, 2] - blocks[:, 1]
     assert sizes.sum() == rows
     assert (sizes[:-1] == sizes.max()).all()
@@ -71,10 +83,9 @@ def test_unused_slots_may_hold_anything():
 
 
 def test_invalid_experts_are_counted_and_get_no_row():
-    plan = DispatchPlan(np.array([[0, 3], [-1, 2], [2**62, -(2**63)]]), np.array([2, 2, 2]), 3, VECTORS)
-    assert plan.num_invalid == 4
-    assert plan.num_rows == 2
-    rows = Rows(*plan.rows)
+    indices = np.array([[0, 3], [-1, 2], [2**62, -(2**63)]])
+    rows = _plan(indices, np.array([2, 2, 2]), 3, VECTORS)
+    assert rows.invalid == 4
     assert_array_equal(rows.row_token[:2], [0, 1])
     assert_array_equal(rows.blocks[: rows.n_blocks], [[0, 0, 1, 0], [2, 1, 2, 1]])
 

@@ -27,7 +27,7 @@ from .experts import (
     take_columns,
     write_sums,
 )
-from .plan import MOST_COLUMNS, PIECES, Rows, columns_per_piece, most_rows, piece
+from .plan import MOST_COLUMNS, PIECES, Rows, columns_per_piece, most_rows, piece, plan_rows
 
 #: Rows that share one pass over the weights: Mixtral reads them once for 2,048 tokens, with 512 rows twice for every
 #: second expert (5 to 12 % slower).
@@ -57,16 +57,17 @@ class AmxWorkspace(NamedTuple):
     scratch: np.ndarray  #: (threads, SCRATCH_SIZE) float32, sums of tiles
     outputs: np.ndarray  #: (threads, TILE output columns + SUMS) float32 of a group of rows, and a tile
     tails: np.ndarray  #: (threads, 2 TILE DEPTH) uint16, ends of weight rows
+    plan: np.ndarray  #: (1, as much as `plan_rows` needs) int64
     counters: np.ndarray  #: (2,) int64
 
 
 @kernel
-def experts_forward_amx(x, weights, form, products, rows, topk_weights, used, space, y):
+def experts_forward_amx(x, weights, form, products, indices, topk_weights, used, space, y):
     """`experts_forward` (experts.py) of bfloat16 weights, with its own products; space is an AmxWorkspace."""
     w = Weights(*weights)  # one by one: Numba does not find the classes of those unpacked together
     f = Form(*form)
-    r = Rows(*rows)
     s = AmxWorkspace(*space)
+    r = Rows(*plan_rows(indices, used, w.up.shape[0], ROW_BLOCK, TILE, s.plan[0]))
     threads = s.scratch.shape[0]
     s.counters[:] = 0
     steps = s.tokens.shape[1] // PACKED_TILE
@@ -79,6 +80,7 @@ def experts_forward_amx(x, weights, form, products, rows, topk_weights, used, sp
         _up_projection(w, f, r, s, np.int64(worker))
     for worker in prange(threads):
         _down_projection(w, r, topk_weights, used, s, y, np.int64(worker))
+    return r.invalid
 
 
 @helper

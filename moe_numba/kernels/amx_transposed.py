@@ -34,7 +34,7 @@ from .experts import (
     take_columns,
     write_sums,
 )
-from .plan import Rows, columns_per_piece, most_rows, piece
+from .plan import Rows, columns_per_piece, most_rows, piece, plan_rows
 
 #: Input, hidden and output width are multiples of this: the columns in a tile of weights.
 WIDTH_UNIT = 2 * TILE
@@ -75,16 +75,17 @@ class AmxTransposedWorkspace(NamedTuple):
     hidden: np.ndarray  #: (groups * TILE, stride > F) float32 hidden values, the same
     sums: np.ndarray  #: (threads, T output columns) float32, as of experts.Workspace
     scratch: np.ndarray  #: (threads, SCRATCH_SIZE) float32: gate and up, or outputs, of a block of rows
+    plan: np.ndarray  #: (1, as much as `plan_rows` needs) int64
     counters: np.ndarray  #: (2,) int64
 
 
 @kernel
-def experts_forward_amx_transposed(x, weights, form, products, rows, topk_weights, used, space, y):
+def experts_forward_amx_transposed(x, weights, form, products, indices, topk_weights, used, space, y):
     """`experts_forward` of bfloat16 weights, with its own products; space is an AmxTransposedWorkspace."""
     w = Weights(*weights)  # one by one: Numba does not find the classes of those unpacked together
     f = Form(*form)
-    r = Rows(*rows)
     s = AmxTransposedWorkspace(*space)
+    r = Rows(*plan_rows(indices, used, w.up.shape[0], ROW_BLOCK, TILE, s.plan[0]))
     threads = s.scratch.shape[0]
     s.counters[:] = 0
     for block in prange(r.n_blocks):
@@ -93,6 +94,7 @@ def experts_forward_amx_transposed(x, weights, form, products, rows, topk_weight
         _up_projection(w, f, r, s, np.int64(worker))
     for worker in prange(threads):
         _down_projection(w, r, topk_weights, used, s, y, np.int64(worker))
+    return r.invalid
 
 
 @helper
