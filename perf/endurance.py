@@ -99,6 +99,7 @@ class Run:
         self.cases = [self._new() for _ in range(LAYERS)]
         self.calls = self.tokens = self.checked = 0
         self.violations = []
+        self._replacing = threading.Lock()
 
     def _new(self):
         self.next_seed += 1
@@ -118,11 +119,17 @@ class Run:
                 self.calls += 1
                 self.tokens += len(case.x)
                 if case.calls > LIFE:
-                    self.cases[at] = self._new()
-                    self.checked += 1
+                    self._replace(at, case)
         except BaseException as error:
             settings = None if case is None else case.layer.config
             self.violations.append(f"{type(error).__name__}: {error}\n{settings}, {len(case.x)} tokens")
+
+    def _replace(self, at, case):
+        """A new layer in the place of one that has been called long enough, unless another worker was quicker."""
+        with self._replacing:
+            if self.cases[at] is case:
+                self.cases[at] = self._new()
+                self.checked += 1
 
 
 def resident_mb():

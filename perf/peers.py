@@ -4,8 +4,8 @@ python perf/peers.py --workload olmoe --output perf/results/peers
 
 Whatever is installed is measured, the rest is named with the reason. Every participant is given the
 same weights, tokens and choice of experts, and is held against the specification in float64 before it
-is timed. They take turns over several rounds, because the speed of a machine drifts; ratios are taken
-within a round. docs/performance.md says how to install the others.
+is timed. Turns of ours stand between those of the others, because the speed of a machine drifts; a ratio is
+one turn's to the two beside it. docs/performance.md says how to install the others.
 
 Another peer is a subclass of Peer, entered into PEERS.
 """
@@ -38,7 +38,7 @@ from workloads import WORKLOADS, make_inputs, make_layer
 import moe_numba
 from moe_numba import reference
 from moe_numba.config import ACTIVATIONS, DTYPES
-from moe_numba.simd.target import has_bf16_dot, register_bits
+from moe_numba.simd.target import has_amx, has_bf16_dot, register_bits
 
 DEFAULT_WORKLOADS = ("olmoe", "qwen3", "mixtral")
 TOKENS = (1, 4, 16, 64, 512, 2048)
@@ -279,17 +279,32 @@ class VllmPeer(TorchPeer):
 class VllmVec(VllmPeer):
     name = 'vLLM CPU, "vec"'
     packing = "prepack_moe_weight"
+    #: The instruction set that it is told to use.
+    isa = "vec"
 
     def packed(self, weight):
         packed = self.torch.empty_like(weight)
-        self.ops.prepack_moe_weight(weight, packed, "vec")
+        self.ops.prepack_moe_weight(weight, packed, self.isa)
         return packed
 
     def run(self, x, topk_weights, topk_ids):
         y = self.torch.empty_like(x)
         args = (self.up, self.down, None, None, topk_weights, topk_ids)
-        self.ops.cpu_fused_moe(y, x, *args, False, "silu", "vec")
+        self.ops.cpu_fused_moe(y, x, *args, False, "silu", self.isa)
         return y
+
+
+class VllmAmx(VllmVec):
+    """What vLLM itself chooses for bfloat16 where there is a matrix unit."""
+
+    name = 'vLLM CPU, "amx"'
+    isa = "amx"
+    dtypes = ("bfloat16",)
+
+    def prepare(self, weights):
+        if not has_amx():
+            raise Unable("not without a matrix unit (AMX)")
+        super().prepare(weights)
 
 
 class VllmFused(VllmPeer):
@@ -386,6 +401,7 @@ PEERS = (
     lambda: Transformers("grouped_mm"),
     lambda: Transformers("eager"),
     VllmVec,
+    VllmAmx,
     VllmFused,
     OnnxRuntime,
 )
@@ -408,14 +424,14 @@ def main(arguments=None):
         results += rows
     if options.output:
         facts["libraries"] = libraries()
-        store(options.output, {"machine": facts, "rounds": options.rounds, "results": results})
+        store(options.output, {"machine": facts, "options": vars(options), "results": results})
     return 0
 
 
 def _parser():
     parser = argparse.ArgumentParser(description="Other libraries' experts beside this package's.")
     add_choices(parser, DEFAULT_WORKLOADS, TOKENS)
-    parser.add_argument("--rounds", type=int, default=7, help="turns of everyone (default: 7)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of every peer (default: 7)")
     parser.add_argument("--peer", nargs="+", metavar="TEXT", help="only peers with one of these texts in the name")
     return parser
 
@@ -500,16 +516,25 @@ def check(peer, weights, call):
 
 
 def measure(workload, entrants, tokens, rounds):
-    """A dict of results for each entrant. In every round each has its turn."""
+    """A dict of results for each entrant. In every round each peer has its turn, between two turns of ours."""
     calls = workload.calls[tokens]
     arguments = {peer: itertools.cycle([peer.convert(*call) for call in calls]) for peer in entrants}
-    turns = {peer: [] for peer in entrants}
+    turns, ratios = {peer: [] for peer in entrants}, {peer: [] for peer in entrants}
+
+    def take_turn(peer):
+        time.sleep(PAUSE)
+        peer.run(*next(arguments[peer]))  # wakes its threads
+        seconds = time_calls(lambda args: peer.run(*args), arguments[peer], len(calls))
+        turns[peer].append(seconds)
+        return seconds
+
+    before = take_turn(workload.ours)
     for _ in range(rounds):
-        for peer in entrants:
-            time.sleep(PAUSE)
-            peer.run(*next(arguments[peer]))  # wakes its threads
-            turns[peer].append(time_calls(lambda args, run=peer.run: run(*args), arguments[peer], len(calls)))
-    ours = turns[workload.ours]
+        for peer in entrants[1:] or entrants:
+            theirs, after = take_turn(peer), take_turn(workload.ours)
+            ratios[peer].append(theirs / statistics.mean((before, after)))
+            before = after
+    ratios[workload.ours] = [1.0]
     return [
         {
             "workload": workload.name,
@@ -517,8 +542,9 @@ def measure(workload, entrants, tokens, rounds):
             "tokens": tokens,
             "peer": peer.name,
             "seconds": statistics.median(turns[peer]),
-            "ratio": statistics.median(theirs / our for theirs, our in zip(turns[peer], ours, strict=True)),
+            "ratio": statistics.median(ratios[peer]),
             "turns": turns[peer],
+            "ratios": ratios[peer],
         }
         for peer in entrants
     ]

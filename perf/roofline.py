@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from datetime import datetime, timezone
@@ -56,7 +57,7 @@ def main(arguments=None):
     if errors:
         print(f"\n{errors} shares above {MOST:.0%}: a limit was measured too low. Repeat with more --rounds.")
     if options.output:
-        store(options.output, {"machine": facts, "rounds": options.rounds, "results": results})
+        store(options.output, {"machine": facts, "options": vars(options), "results": results})
         print(draw(results, options.output))
     return 1 if errors else 0
 
@@ -267,11 +268,21 @@ def machine():
         "threads": threads,
         "threading_layer": numba.threading_layer(),
         "moe_numba": moe_numba.__version__,
+        "commit": _commit(),
         "numba": numba.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(("NUMBA_", "OMP_", "GOMP_"))},
     }
+
+
+def _commit():
+    """The checkout's commit, with "-dirty" if files differ from it; None where there is no git."""
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def headline(facts):
@@ -308,7 +319,7 @@ def table(lines):
 def store(path, result):
     """Write path.json; makes its directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{path}.json").write_text(json.dumps(result, indent=1) + "\n")
+    Path(f"{path}.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
     print(f"\nresult: {path}.json")
 
 
