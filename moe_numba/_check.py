@@ -31,7 +31,7 @@ def integer(name, value, minimum):
     if not (valid and minimum <= value < 2**63):
         fail(
             name,
-            repr(value),
+            _shown(value),
             f"an integer of at least {minimum}" + (" and below 2**63" if valid and value >= 2**63 else ""),
         )
     return int(value)
@@ -45,8 +45,15 @@ def number(name, value, rule, accept):
     except OverflowError:  # an integer beyond 1e308
         number = math.inf
     if not (math.isfinite(number) and accept(number)):
-        fail(name, repr(value), rule)
+        fail(name, _shown(value), rule)
     return number
+
+
+def _shown(value):
+    try:
+        return repr(value)
+    except ValueError:  # Python does not print integers of thousands of digits
+        return "an integer of thousands of digits"
 
 
 def float32_number(name, value, rule, accept):
@@ -78,7 +85,7 @@ def float_dtype(name, value):
     """A floating-point dtype of at most 64 bits, for an output."""
     try:
         dtype = np.dtype(value)
-    except TypeError:
+    except Exception:  # what NumPy's parser of such texts raises
         dtype = None
     if dtype is None or not is_float(dtype):
         fail(name, repr(value), "float32, float16, float64 or bfloat16")
@@ -87,10 +94,10 @@ def float_dtype(name, value):
 
 def array(name, value, rule="an array, or nested lists of equal lengths"):
     """`value` as a NumPy array; lists of integers become float32."""
-    if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
+    if isinstance(value, np.ndarray) and not isinstance(value, (np.ma.MaskedArray, np.matrix)):
         return value
     result = _as_array(name, value, rule)
-    return result.astype(np.float32) if result.dtype.kind in "iu" else result
+    return result.astype(np.float32) if isinstance(value, (list, tuple)) and result.dtype.kind in "iu" else result
 
 
 def _as_array(name, value, rule):
@@ -100,6 +107,8 @@ def _as_array(name, value, rule):
         return np.asarray(value)
     except ValueError:  # nested lists of unequal lengths
         fail(name, f"{value!r:.60}", rule)
+    except (RuntimeError, TypeError) as error:  # a tensor of torch that needs a gradient, or of a dtype of its own
+        fail(name, f"a {type(value).__name__} that is no array to NumPy ({error!s:.100})", rule)
 
 
 def floats(name, value, shape, wanted=None):

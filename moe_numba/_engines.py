@@ -33,7 +33,7 @@ class Engine:
     """A kernel that computes experts."""
 
     name: str
-    kernel: Kernel  #: called with x, Weights, Form, Products, indices, topk_weights, used, workspace, y
+    kernel: Kernel  #: of the arguments of kernels.experts.experts_forward
     workspace: type  #: the NamedTuple that it takes its memory in; the last field is counters
     shapes: Callable  #: Sizes -> (rows, length, dtype) of every field but counters
 

@@ -13,6 +13,20 @@ import numpy as np
 from .errors import CheckpointError
 
 
+def output_path(path):
+    """The file that an output is to become: of a link the one behind it. CheckpointError if it can be none."""
+    try:
+        path = Path(os.path.realpath(path))
+        kind = os.stat(path).st_mode
+    except FileNotFoundError:
+        return path
+    except (OSError, ValueError) as error:  # ValueError: a character that no name of a file has
+        raise CheckpointError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+    if not stat.S_ISREG(kind):  # a device or a pipe would be replaced, too
+        raise CheckpointError(f"{path}: cannot be written ({'is a directory' if stat.S_ISDIR(kind) else 'is no file'})")
+    return path
+
+
 @contextlib.contextmanager
 def replacing(path):
     """An open binary file beside `path` that takes its place when the block ends without an exception.
@@ -20,11 +34,9 @@ def replacing(path):
     Otherwise it is removed and `path` is left as it was. Raises CheckpointError if it cannot be
     written.
     """
-    path = Path(os.path.realpath(path))  # the file behind a link, not the link
+    path = output_path(path)
     temporary = None
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         # Named before it is there: a signal may come between any two lines.
         temporary = path.with_name(f".{secrets.token_hex(8)}.part")
         with open(temporary, "xb") as file:

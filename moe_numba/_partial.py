@@ -7,7 +7,19 @@ import os
 import shutil
 from pathlib import Path
 
+from ._files import output_path
 from .errors import CheckpointError
+
+_RECORD = "record.json"
+
+
+def _directory_of(path):
+    return path.with_name(path.name + ".part")
+
+
+def is_kept(path):
+    """Whether a run has left something to continue beside the output `path`."""
+    return (_directory_of(Path(os.path.realpath(path))) / _RECORD).exists()
 
 
 class Partial:
@@ -20,16 +32,14 @@ class Partial:
     """
 
     def __init__(self, path, identity):
-        self.path = Path(os.path.realpath(path))
-        self.directory = self.path.with_name(self.path.name + ".part")
-        self._record = self.directory / "record.json"
+        self.path = output_path(path)
+        self.directory = _directory_of(self.path)
+        self._record = self.directory / _RECORD
         self._identity = identity
         self.progress = None
 
     def __enter__(self):
         with self._errors(), contextlib.ExitStack() as on_failure:
-            if self.path.is_dir():
-                raise IsADirectoryError(0, "is a directory")
             self.directory.mkdir(exist_ok=True)
             self.file = open(os.open(self.directory / "data", os.O_RDWR | os.O_CREAT, 0o666), "r+b")
             on_failure.callback(self.file.close)
@@ -53,13 +63,19 @@ class Partial:
 
     def _continue(self):
         """Take the record up; return the size of the data that it vouches for."""
+        there = self.file.seek(0, os.SEEK_END)
+        if there == 0:  # a run was killed after its data had become the output, and before the record was removed
+            self._record.unlink()
+            return 0
         try:
             record = json.loads(self._record.read_text())
-            size, self.progress, known = record["size"], record["progress"], dict(record["identity"])
-            if not 0 < size <= self.file.seek(0, os.SEEK_END):
+            size, self.progress, known = record["size"], dict(record["progress"]), dict(record["identity"])
+            if type(size) is not int or size <= 0:
+                raise ValueError(f"size {size!s:.20}")
+            if size > there:
                 raise ValueError("the data is shorter than it says")
-        except (ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{self._record}: is damaged ({error!s:.80}); {self._remedy}") from None
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise self.damaged(error) from None
         for name, value in self._identity.items():
             if known.get(name) != value:
                 raise CheckpointError(
@@ -71,6 +87,10 @@ class Partial:
     @property
     def _remedy(self):
         return f"run with what it was begun with, or remove {self.directory} to begin anew"
+
+    def damaged(self, why):
+        """The error to raise of a record that makes no sense."""
+        return CheckpointError(f"{self._record}: is damaged ({why!s:.80}); {self._remedy}")
 
     def refuse(self, what):
         """Say that the data was made from something else after all."""
@@ -93,7 +113,7 @@ class Partial:
         with self._errors(), self.file:
             if kind is not None:
                 if not self._record.exists():  # before others may begin here
-                    shutil.rmtree(self.directory, ignore_errors=True)
+                    self._remove()
                 with contextlib.suppress(OSError):  # a full disk; the record does not speak of these bytes
                     self.file.close()
                 if isinstance(error, OSError):
@@ -104,7 +124,14 @@ class Partial:
             if self.path.exists():
                 shutil.copymode(self.path, self.directory / "data")
             os.replace(self.directory / "data", self.path)
-            shutil.rmtree(self.directory)
+            self._remove()
+
+    def _remove(self):
+        """Remove what is ours, and the directory if that was all."""
+        with contextlib.suppress(OSError):
+            for name in ("data", self._record.name, self._record.with_suffix(".new").name):
+                (self.directory / name).unlink(missing_ok=True)
+            self.directory.rmdir()
 
     @contextlib.contextmanager
     def _errors(self):

@@ -88,6 +88,10 @@ class Safetensors:
                 f"{self.path}: is no safetensors file, or a damaged one ({total - end} bytes after the last tensor)"
             )
 
+    def fileno(self):
+        """Descriptor of the open file."""
+        return self._file.fileno()
+
     def place(self, name):
         """(dtype, shape, place of the first byte) of a tensor, which must be of a floating-point dtype."""
         entry = self.entries[name]
@@ -112,7 +116,12 @@ class Safetensors:
     def map(self, name):
         """The tensor as a read-only array mapped from its file."""
         dtype, shape, offset = self.place(name)
-        return np.memmap(self._file, dtype, "r", offset, shape) if 0 not in shape else np.empty(shape, dtype)
+        if 0 in shape:
+            return np.empty(shape, dtype)
+        try:
+            return np.memmap(self._file, dtype, "r", offset, shape)
+        except (OSError, ValueError) as error:  # a file system that cannot, or a file that has become shorter
+            raise CheckpointError(f"{self.path}: cannot be mapped ({error!s:.200})") from None
 
 
 def parse_json(text):

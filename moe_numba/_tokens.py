@@ -1,6 +1,8 @@
 """Tokens in a file, read a batch at a time."""
 
+import contextlib
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,34 +19,38 @@ MOST_HEADER = 2**16
 def open_tokens(path) -> "Tokens":
     """The token file at `path`, by its suffix: .npy or .safetensors. Raises CheckpointError."""
     path = Path(path)
-    kinds = {".npy": _find_npy, ".safetensors": _find_safetensors}
+    kinds = {".npy": _open_npy, ".safetensors": _open_safetensors}
     if path.suffix not in kinds:
         raise CheckpointError(f"{path}: the name must end in .npy or .safetensors")
-    try:
-        return Tokens(path, *kinds[path.suffix](path))
-    except (OSError, ValueError) as error:  # ValueError: a character that no name of a file has
-        raise CheckpointError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    with contextlib.ExitStack() as on_failure:
+        try:
+            tokens = kinds[path.suffix](path, on_failure)
+        except (OSError, ValueError) as error:  # ValueError: a character that no name of a file has
+            raise CheckpointError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        on_failure.pop_all()
+    return tokens
 
 
 class Tokens:
     """An array of shape (..., H) in a file, from the byte `offset` on; never loaded whole.
 
-    A context: the file is open from the beginning to the end, and replacing it meanwhile changes nothing.
+    A context that closes `file`, which has been open since its header was read: replacing it changes nothing.
     """
 
-    def __init__(self, path, shape, dtype, offset, fortran=False):
+    def __init__(self, path, file, shape, dtype, offset, fortran=False):
         if len(shape) == 0 or shape[-1] == 0 or min(shape) < 0:
             raise CheckpointError(f"{path}: has shape {shape}, but must have shape (..., width of a token)")
         if fortran and len(shape) > 2:
             raise CheckpointError(f"{path}: is in Fortran order, which must be of at most two dimensions")
         size = offset + math.prod(shape) * dtype.itemsize
-        if path.stat().st_size < size:
-            raise CheckpointError(f"{path}: is truncated, {path.stat().st_size} of {size} bytes")
+        there = os.fstat(file.fileno()).st_size
+        if there < size:
+            raise CheckpointError(f"{path}: is truncated, {there} of {size} bytes")
         self.shape = shape
         self._dtype = dtype
         self._offset = offset
         self._by_column = fortran and len(shape) == 2
-        self._file = open_regular(path)
+        self._file = file
 
     def __enter__(self):
         return self
@@ -65,16 +71,16 @@ class Tokens:
         return columns.T
 
 
-def _find_npy(path):
-    """(shape, dtype, offset, Fortran order) of a .npy file of floats; no other, so never a pickle."""
-    with open_regular(path) as file:
-        try:
-            shape, fortran, dtype = _read_npy_header(file)
-        except Exception as error:  # NumPy's parser raises whatever the damage leads to
-            raise CheckpointError(f"{path}: is no .npy file ({error!s:.200})") from None
-        if not is_float(dtype):
-            raise CheckpointError(f"{path}: holds {dtype!s:.80}, but must hold float16, float32 or float64")
-        return shape, dtype, file.tell(), fortran
+def _open_npy(path, on_failure):
+    """The Tokens of a .npy file of floats; no other, so never a pickle."""
+    file = on_failure.enter_context(open_regular(path))
+    try:
+        shape, fortran, dtype = _read_npy_header(file)
+    except Exception as error:  # NumPy's parser raises whatever the damage leads to
+        raise CheckpointError(f"{path}: is no .npy file ({error!s:.200})") from None
+    if not is_float(dtype):
+        raise CheckpointError(f"{path}: holds {dtype!s:.80}, but must hold float16, float32 or float64")
+    return Tokens(path, file, shape, dtype, file.tell(), fortran)
 
 
 def _read_npy_header(file):
@@ -91,11 +97,12 @@ def _read_npy_header(file):
     return read(file)
 
 
-def _find_safetensors(path):
-    """(shape, dtype, offset) of the one tensor of a safetensors file, or of the one called hidden_states."""
-    file = Safetensors(path)
-    names = list(file.entries)
+def _open_safetensors(path, on_failure):
+    """The Tokens of the one tensor of a safetensors file, or of the one called hidden_states."""
+    tensors = Safetensors(path)
+    names = list(tensors.entries)
     if len(names) != 1 and "hidden_states" not in names:
         raise CheckpointError(f"{path}: must hold one tensor or one called hidden_states, but holds {f'{names}':.200}")
-    dtype, shape, offset = file.place(names[0] if len(names) == 1 else "hidden_states")
-    return shape, dtype, offset
+    dtype, shape, offset = tensors.place(names[0] if len(names) == 1 else "hidden_states")
+    file = on_failure.enter_context(os.fdopen(os.dup(tensors.fileno()), "rb"))
+    return Tokens(path, file, shape, dtype, offset)

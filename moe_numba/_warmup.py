@@ -17,17 +17,18 @@ from .threads import SERIAL_BELOW
 def warmup() -> int:
     """Call every kernel once serial and once parallel; return how many of them were not yet in memory.
 
-    Kernels are compiled for types, not for shapes, so small layers serve for all: of each format and storage, and of
-    a router with rules and one without. Without the JIT there is nothing to do.
+    Kernels are compiled for types, not for shapes, so small layers serve for all: of each format and storage, of
+    a router with rules and one without, and of widths that a matrix unit takes and that it does not. Without the JIT
+    there is nothing to do.
     """
     if numba.config.DISABLE_JIT:
         return 0
     before = _loaded()
     config = MoeConfig()
-    width, experts = config.input_dim, config.num_experts
-    for dtype, transposed in itertools.product(DTYPES, (False, True)):
-        scoring = "sigmoid" if transposed else "softmax"
-        layer = MoeLayer(replace(config, dtype=dtype, transposed=transposed, scoring=scoring))
+    experts = config.num_experts
+    for dtype, transposed, odd in itertools.product(DTYPES, (False, True), (0, 1)):
+        scoring, width = "sigmoid" if transposed else "softmax", config.input_dim + odd
+        layer = MoeLayer(replace(config, input_dim=width, dtype=dtype, transposed=transposed, scoring=scoring))
         for tokens in (1, SERIAL_BELOW // (width * experts) + 1):
             layer.forward(np.zeros((tokens, width), np.float32))
     for tokens in (1, SERIAL_BELOW // experts + 1):

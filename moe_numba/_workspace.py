@@ -2,7 +2,7 @@
 
 Fresh memory costs a page fault per 4 KiB when it is first written, which is several percent of
 a forward. Every Python thread keeps one buffer that grows to the largest call it has seen;
-`CHUNK_BYTES` bounds it, because experts.py cuts larger batches into chunks.
+`CHUNK_BYTES` bounds what grows with the tokens, because experts.py cuts larger batches into chunks.
 """
 
 import math
@@ -15,8 +15,8 @@ import numpy as np
 from ._aligned import CACHE_LINE, aligned_empty
 from ._engines import Sizes
 
-#: A batch is cut into chunks of tokens whose workspace stays below this. 256 MiB hold 2,700
-#: tokens of H = 2048, F = 1024, K = 8: enough rows per expert to read the weights once.
+#: A batch is cut into chunks of tokens whose workspace is at most so much larger than that of a single one. 256 MiB
+#: hold 2,700 tokens of H = 2048, F = 1024, K = 8: enough rows per expert to read the weights once.
 CHUNK_BYTES = 256 * 2**20
 #: Tokens in a chunk, at least.
 LEAST_CHUNK = 64
@@ -39,7 +39,9 @@ def _bytes(shape):
 
 
 def chunk_tokens(engine, top_k, num_experts, input_dim, hidden_dim, threads) -> int:
-    """Tokens per chunk, so that its workspace stays below CHUNK_BYTES; at least LEAST_CHUNK."""
+    """Tokens per chunk, so that what its workspace has beyond a single token's stays below CHUNK_BYTES; at least
+    LEAST_CHUNK. (What every thread has whatever the tokens, 2 MB on AMX, would leave nothing to 128 threads.)
+    """
     return _tokens_in(CHUNK_BYTES, engine, top_k, num_experts, input_dim, hidden_dim, threads)
 
 
@@ -49,7 +51,7 @@ def _tokens_in(limit, engine, top_k, *layer):
         return sum(map(_bytes, engine.shapes(Sizes(tokens, tokens * top_k, *layer))))
 
     too_many = range(LEAST_CHUNK + 1, max(LEAST_CHUNK + 1, limit))
-    return LEAST_CHUNK + bisect_right(too_many, limit, key=size)
+    return LEAST_CHUNK + bisect_right(too_many, size(1) + limit, key=size)
 
 
 def take_workspace(engine, sizes):

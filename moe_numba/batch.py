@@ -34,7 +34,7 @@ class RunReport:
     rows_per_expert: list[int]
     dropped_rows: int  #: slots that found no expert with room
     dropped_tokens: int  #: tokens that found none at all
-    nan_tokens: int  #: tokens whose output is NaN: they hold NaN or an infinity, or their logits overflow
+    nan_tokens: int  #: tokens that cannot be routed: they hold NaN or an infinity, or their logits overflow
     balance_loss: float  #: 1.0 when balanced
 
 
@@ -121,7 +121,7 @@ def _run_partial(layer, tokens, count, target, batch_size, progress):
             _write_header(partial.file, tokens.shape)
             totals = _no_totals(layer)
         else:
-            totals = _Totals(**partial.progress)
+            totals = _restored(layer, partial)
             for first in range(0, totals.tokens, batch_size):
                 digest.update(_bytes(tokens.read(first, min(first + batch_size, totals.tokens))))
             if digest.hexdigest() != totals.digest:
@@ -151,6 +151,18 @@ def _batches(layer, tokens, count, batch_size, output, totals, progress):
         yield x
         progress(end, count)
     totals.seconds = time.perf_counter() - start
+
+
+def _restored(layer, partial):
+    """The totals of a record, which are of the types of fresh ones."""
+    fresh, kept = asdict(_no_totals(layer)), partial.progress
+
+    def kind(value):
+        return [kind(item) for item in value] if isinstance(value, list) else type(value)
+
+    if {name: kind(value) for name, value in kept.items()} != {name: kind(value) for name, value in fresh.items()}:
+        raise partial.damaged("its progress")
+    return _Totals(**kept)
 
 
 def _no_totals(layer):

@@ -19,7 +19,7 @@ class Checkpoint:
 
     def __init__(self, path):
         self.path = Path(path)
-        if not self.path.is_dir():
+        if not os.path.isdir(self.path):  # Path.is_dir raises where it may not look
             raise CheckpointError(
                 f"{path}: is no directory; a model has to be there already, for example by `hf download`"
             )

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import io
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import numpy as np
 
 from . import __version__, _check
 from ._jit import KERNELS
+from ._partial import is_kept
 from ._warmup import warmup
 from .batch import run
 from .errors import MoeError
@@ -42,8 +44,12 @@ def main(arguments=None) -> int:
     if threading.current_thread() is not threading.main_thread():  # where signals do not arrive
         return _main(arguments)
     _came = None
-    before = {number: signal.signal(number, _end) for number in ENDING}
+    # Those that are ignored stay so (nohup, and jobs in the background of a script); None: Python cannot restore it.
+    handlers = {number: signal.getsignal(number) for number in ENDING}
+    before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
     try:
+        for number in before:
+            signal.signal(number, _end)
         return _main(arguments)
     finally:
         for number, handler in before.items():
@@ -54,8 +60,11 @@ def _main(arguments):
     options = None
     try:
         options = _parser().parse_args(arguments)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
+            sys.stdout.reconfigure(errors="backslashreplace")
         options.command(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed from the beginning
+            sys.stdout.flush()
         return 0
     except MoeError as error:
         message = str(error)
@@ -79,9 +88,10 @@ def _kept(options):
     output = getattr(options, "output", None)
     if output is None:
         return ""
-    if options.resume:
+    if options.resume and is_kept(output):
         return f"; what is done is kept in {output}.part, and the same command continues"
-    return f"; {output} was not written (with --resume a run keeps what is done)"
+    advice = "" if options.resume else " (with --resume a run keeps what is done)"
+    return f"; {output} was not written{advice}"
 
 
 def _end(number, frame):

@@ -221,6 +221,7 @@ class MoeConfig(_Routing):
             self._number("sparsemixer_eps", "a finite number above 0, or None", lambda v: v > 0)
             if self.noise_std:
                 _check.fail("noise_std", self.noise_std, "0 beside sparsemixer_eps, which routes without noise")
+            self.router_config().check_sparsemixer()
 
     def __str__(self):
         """The layer in a line."""
@@ -246,3 +247,10 @@ class RouterConfig(_Routing):
     def __post_init__(self):
         self._check_routing()
         self._check_choice(self.num_experts)
+
+    def check_sparsemixer(self) -> None:
+        """Raise MoeValueError unless a SparseMixerRouter can be made of this: it has rules of its own."""
+        plain = RouterConfig(self.input_dim, self.num_experts, self.top_k, None)
+        for name, value in self.to_dict().items():
+            if value != getattr(plain, name) and name != "norm_topk_prob":
+                _check.fail(name, repr(value), f"{getattr(plain, name)!r} for a SparseMixerRouter")

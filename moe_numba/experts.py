@@ -341,14 +341,15 @@ def fused_experts(
     topk_ids       (T, K) integers from 0 to E - 1
     activation     a key of config.ACTIVATIONS
 
-    Weights are used in place if they are C-contiguous float32 or bfloat16 (ml_dtypes), otherwise
-    converted to float32 in every call. Raises MoeValueError.
+    If both weights are bfloat16 (ml_dtypes), they are multiplied as such, otherwise as float32. They are used in place
+    if they are C-contiguous and of that dtype, otherwise converted in every call. Raises MoeValueError.
     """
     if up_proj is not None:
         if gate_up_proj is not None:
             _check.fail("up_proj", "given beside gate_up_proj", "the only one of the two")
         gate_up_proj = up_proj
-    is_bfloat16 = getattr(gate_up_proj, "dtype", None) == FORMATS["bfloat16"].values
+    bfloat16 = FORMATS["bfloat16"].values
+    is_bfloat16 = getattr(gate_up_proj, "dtype", None) == bfloat16 == getattr(down_proj, "dtype", None)
     experts = Experts(activation, gate_up_proj, down_proj, dtype="bfloat16" if is_bfloat16 else "float32")
     x = _check.floats("hidden_states", hidden_states, (None, experts.input_dim), f"(T, {experts.input_dim})")
     weights = _check.floats("topk_weights", topk_weights, (len(x), None), f"({len(x)}, K)")

@@ -38,8 +38,9 @@ class MoeLayer:
     def __init__(self, config: MoeConfig | None = None, seed: int = 0, *, init: str = "xavier"):
         config = MoeConfig() if config is None else config
         _check.instance("config", config, MoeConfig)
+        seed = _check.integer("seed", seed, 0)
         experts = random_experts(config, seed, init)
-        shared = random_experts(shared_config(config), seed + 1, init) if config.shared_hidden_dim else None
+        shared = random_experts(shared_config(config), _after(seed), init) if config.shared_hidden_dim else None
         self._assemble(config, experts, shared, {}, seed=seed, init=init)
 
     def _assemble(self, config, experts, shared, router_arrays, shared_gate_weight=None, seed=0, init="xavier"):
@@ -58,9 +59,7 @@ class MoeLayer:
         self.shared_gate = None
         if config.shared_gate:
             gate = RouterConfig(config.input_dim, 1, 1, None, scoring="sigmoid", norm_topk_prob=False)
-            self.shared_gate = TopKRouter(
-                gate, weight=shared_gate_weight, seed=0 if seed is None else seed + 1, init=init
-            )
+            self.shared_gate = TopKRouter(gate, weight=shared_gate_weight, seed=_after(seed or 0), init=init)
 
     @classmethod
     def from_weights(
@@ -100,6 +99,8 @@ class MoeLayer:
         Raises MoeValueError.
         """
         _check.instance("config", config, MoeConfig)
+        if seed is not None:
+            seed = _check.integer("seed", seed, 0)
         given = {name: array for name, array in locals().items() if name not in ("cls", "config", "seed")}
         wanted = _tensor_shapes(config)
         for name, array in given.items():
@@ -220,7 +221,7 @@ class MoeLayer:
 
         Raises CheckpointError, and for a bad seed MoeValueError.
         """
-        if seed is not None:
+        if seed is not None:  # before the file is read
             _check.integer("seed", seed, 0)
         file = Safetensors(path)
         try:
@@ -249,7 +250,8 @@ class MoeLayer:
         path: directory in Hugging Face format: config.json and safetensors files. layer: one of
         `list_moe_layers(path)`. Only the bytes of that layer are read; what is stored as it is used stays in the
         file, mapped read-only. dtype: one of config.DTYPES; None: bfloat16 if the checkpoint's is, else float32.
-        docs/checkpoints.md has the table of families. Raises CheckpointError.
+        docs/checkpoints.md has the table of families. seed: of a router's noise, which no family has. Raises
+        CheckpointError, and for another dtype or a bad seed MoeValueError.
         """
         config, arrays = read_block(path, layer, dtype)
         return cls.from_weights(config, **arrays, seed=seed)
@@ -265,6 +267,11 @@ class MoeLayer:
             arrays["shared_gate_weight"] = self.shared_gate.weight
         arrays |= {name: getattr(self.router, parameter) for name, parameter in _ROUTER_PARAMETERS.items()}
         return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _after(seed):
+    """Another seed than a layer's own."""
+    return (seed + 1) % 2**63
 
 
 #: The router's arrays as `from_weights` calls them, and as the routers do.

@@ -39,7 +39,8 @@ def read_block(path, layer, dtype=None) -> tuple[MoeConfig, dict[str, np.ndarray
     """(config, arrays by the names of MoeLayer.from_weights) of one MoE layer of a checkpoint.
 
     Tensors that are stored as they are used are mapped from the file, others are gathered once. dtype: one of
-    config.DTYPES; None: bfloat16 if the checkpoint's is, else float32. Raises CheckpointError.
+    config.DTYPES; None: bfloat16 if the checkpoint's is, else float32. Raises CheckpointError, and for another dtype
+    MoeValueError.
     """
     if dtype is not None:
         choice("dtype", dtype, DTYPES)
@@ -51,8 +52,8 @@ def read_block(path, layer, dtype=None) -> tuple[MoeConfig, dict[str, np.ndarray
 
     def value(key):
         found = key.read(values) if isinstance(key, Key) else key(values) if callable(key) else key
-        if isinstance(found, list) and isinstance(layer, int):  # one value for each layer
-            return found[layer] if layer < len(found) else None
+        if isinstance(found, list) and str(layer).isdecimal():  # one value for each layer
+            return found[int(layer)] if int(layer) < len(found) else None
         return found
 
     with _config_errors(checkpoint):
@@ -257,7 +258,8 @@ def _expert_arrays(reader, stored, config):
 
 def _gather(reader, stored, experts, up_shape, down_shape, dtype):
     """[up (E, F or 2F, H), down (E, H, F)] from a tensor for each expert, without a second copy of any two."""
-    _parts_of_expert(reader, stored, 0, up_shape, down_shape)  # before memory is taken for what may not be there
+    for e in range(experts):  # before memory is taken for what may not be there
+        _parts_of_expert(reader, stored, e, up_shape, down_shape)
     up, down = (aligned_empty((experts, *shape), dtype) for shape in (up_shape, down_shape))
     for e in range(experts):
         _copy_expert(reader, stored, e, up[e], down[e])

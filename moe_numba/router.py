@@ -40,9 +40,8 @@ class RoutingResult:
         if self.slots_used is None:
             self.slots_used = np.count_nonzero(np.asarray(self.expert_weights), axis=-1).astype(np.int64)
         if self.expert_counts is None:
-            indices = np.asarray(self.expert_indices, np.int64)
-            filled = np.arange(indices.shape[-1]) < self.slots_used[:, None] if indices.size else indices.astype(bool)
-            self.expert_counts = np.bincount(indices[filled], minlength=np.shape(self.routing_probs)[-1])
+            filled = np.asarray(self.expert_indices, np.int64)[np.asarray(self.expert_weights) != 0]
+            self.expert_counts = np.bincount(filled, minlength=np.shape(self.routing_probs)[-1])
         if self.num_dropped is None:
             self.num_dropped = int(np.count_nonzero(self.slots_used == 0))
 
@@ -307,11 +306,7 @@ class SparseMixerRouter(TopKRouter):
     ):
         rule = "a finite number above 0"
         self.jitter_eps = _check.float32_number("jitter_eps", jitter_eps, rule, lambda v: v > 0)
-        _check.instance("config", config, RouterConfig)
-        plain = RouterConfig(config.input_dim, config.num_experts, config.top_k, None)
-        for name, value in config.to_dict().items():
-            if value != getattr(plain, name) and name != "norm_topk_prob":
-                _check.fail(name, repr(value), f"{getattr(plain, name)!r} for a SparseMixerRouter")
+        _check.instance("config", config, RouterConfig).check_sparsemixer()
         super().__init__(config, weight=weight, seed=seed, init=init)
 
     def _make_rules(self):

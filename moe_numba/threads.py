@@ -23,7 +23,7 @@ from numba.np.ufunc import parallel
 from . import _check
 
 #: Multiply-adds below which one thread is quicker than waking others: a parallel step costs 2 us
-#: on two idle cores, a kernel has up to four, and a core does about 50 multiply-adds per ns.
+#: on two idle cores, a kernel has up to three, and a core does about 50 multiply-adds per ns.
 SERIAL_BELOW = 1_000_000
 
 

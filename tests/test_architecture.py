@@ -24,7 +24,7 @@ FLOORS = [
     ["losses"],
     ["router"],
     ["experts"],
-    ["plan", "_init", "_tokens", "_partial"],
+    ["_init", "_tokens", "_partial"],
     ["_safetensors"],
     ["_files"],
     ["_workspace"],

@@ -1,7 +1,9 @@
 """The command line as a user meets it."""
 
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +94,31 @@ def test_ended_run_leaves_the_old_output_whole(tmp_path, number):
         assert b"interrupted; y.npy was not written" in said
     assert (tmp_path / "y.npy").read_bytes() == b"precious"
     assert {p.name for p in tmp_path.iterdir()} == {"x.npy", "y.npy"}
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path):
+    """As `nohup` starts it."""
+    np.save(tmp_path / "x.npy", np.zeros((300_000, 64), np.float16))
+    code = "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); from moe_numba import cli; "
+    code += "sys.exit(cli.main(['run', '--input', 'x.npy', '--output', 'y.npy']))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE)
+    while process.poll() is None and not list(tmp_path.glob(".*.part")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"x.npy", "y.npy"}
+
+
+def test_names_that_are_no_text_and_a_closed_output(tmp_path):
+    name = os.fsencode(tmp_path) + b"/\xff.npy"
+    shutil.copy(cli.DATA / "digits.npy", name)
+    arguments = [sys.executable, "-m", "moe_numba", "run", "--input", name]
+    done = subprocess.run(arguments, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8"}, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"udcff.npy" in done.stdout
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *arguments], stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 class _Lost:

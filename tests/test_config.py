@@ -37,7 +37,8 @@ CONFIGS = [
         routed_scaling_factor=2.5,
         shared_hidden_dim=32,
     ),
-    MoeConfig(4, 1, None, expert_capacity=64, overflow="drop", num_identity_experts=2, sparsemixer_eps=0.01),
+    MoeConfig(4, 1, None, expert_capacity=64, overflow="drop", num_identity_experts=2),
+    MoeConfig(4, 2, None, norm_topk_prob=False, sparsemixer_eps=0.01),
     RouterConfig(16, 4, 2, 1.1),
     RouterConfig(16, 4, 2, None, overflow="drop"),
 ]
@@ -147,7 +148,7 @@ def test_wrong_router_values_are_named(name, value):
 
 CLASHES = {
     "activation": [{"swiglu_limit": 7.0}, {"swiglu_alpha": 1.702, "activation": "geglu"}, {"swiglu_beta": 1.0}],
-    "capacity_factor": [{"expert_capacity": 64, "capacity_factor": 1.0}],
+    "capacity_factor": [{"expert_capacity": 64, "capacity_factor": 1.0}, {"sparsemixer_eps": 0.01}],
     "apply_router_weight_on_input": [{"apply_router_weight_on_input": True, "num_identity_experts": 1}],
     "interleaved": [{"interleaved": True, "activation": "gelu"}],
     "group_score": [{"n_group": 8, "group_score": "top2_sum"}],

@@ -9,9 +9,16 @@ from moe_numba import _engines, experts, get_num_threads, set_num_threads
 from moe_numba._engines import AMX, AMX_TRANSPOSED, VECTORS, VECTORS_BFLOAT16, engine_for
 from moe_numba.experts import Experts
 from moe_numba.kernels import amx
+from moe_numba.kernels.plan import MOST_COLUMNS
 from moe_numba.simd.target import has_amx, has_bf16_dot
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def test_scratch_of_the_matrix_unit_holds_the_largest_pieces_of_work():
+    assert amx.SCRATCH_SIZE >= amx.ROW_BLOCK * max(2 * MOST_COLUMNS, amx.OUTPUT_COLUMNS[1])
+
+
 needs_amx = pytest.mark.skipif(not has_amx(), reason="this processor has no matrix unit (AMX)")
 
 

@@ -104,7 +104,23 @@ def test_tokens_that_are_no_array(call, value):
     _raises("x", "", "", lambda: call(value))
 
 
-@pytest.mark.parametrize("dtype", ["int32", "nonsense", np.bool_, complex, object, 7])
+class _NoArray:
+    """As a tensor of torch that needs a gradient, or of a dtype that NumPy has not."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __array__(self, *_, **__):
+        raise self.error("no numpy")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError])
+@pytest.mark.parametrize("call", [_layer, _route, _expert, _expert_batch])
+def test_tokens_that_refuse_to_be_an_array(call, error):
+    _raises("x", "no numpy", "", lambda: call(_NoArray(error)))
+
+
+@pytest.mark.parametrize("dtype", ["int32", "nonsense", "32-bit", "(,)f4", np.bool_, complex, object, 7])
 def test_output_dtype_must_be_a_float(dtype):
     _raises("dtype", "", "float", lambda: MoeLayer(CONFIG).forward(np.zeros((2, 4)), dtype=dtype))
 
@@ -121,8 +137,22 @@ def test_layer_needs_a_config(config):
 @pytest.mark.parametrize("seed", [-1, 1.5, "1", None, True])
 def test_seed(seed):
     _raises("seed", repr(seed), "integer", lambda: MoeLayer(CONFIG, seed=seed))
+    _raises("seed", repr(seed), "integer", lambda: MoeLayer(CONFIG, seed=seed, init="sine"))
     _raises("seed", repr(seed), "integer", lambda: Expert(4, 5, seed=seed))
     _raises("seed", repr(seed), "integer", lambda: TopKRouter(ROUTER, seed=seed))
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, "1", True])
+def test_seed_of_given_weights(seed):
+    weights = {"router_weight": np.zeros((3, 4)), "up_proj": np.zeros((3, 5, 4)), "down_proj": np.zeros((3, 4, 5))}
+    config = MoeConfig(3, 2, input_dim=4, hidden_dim=5, bias=False)
+    _raises("seed", repr(seed), "integer", lambda: MoeLayer.from_weights(config, **weights, seed=seed))
+
+
+def test_the_largest_seed_and_integers_that_python_does_not_print():
+    MoeLayer(MoeConfig(shared_hidden_dim=4, shared_gate=True), seed=2**63 - 1)
+    _raises("top_k", "thousands of digits", "below 2**63", lambda: MoeConfig(top_k=10**5000))
+    _raises("capacity_factor", "thousands of digits", "", lambda: MoeConfig(capacity_factor=10**5000))
 
 
 @pytest.mark.parametrize("init", ["zeros", "", None, 1])

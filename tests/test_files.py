@@ -15,7 +15,7 @@ from helpers import assert_same_bits, random_array, random_layer, run_python
 from safetensors.numpy import save_file
 from test_checkpoint import CONFIG, H, block_tensors, split, write
 
-from moe_numba import CheckpointError, MoeLayer, list_moe_layers
+from moe_numba import CheckpointError, MoeConfig, MoeLayer, _tokens, list_moe_layers
 from moe_numba._files import write_tensors
 from moe_numba._safetensors import MOST_JSON, Safetensors
 from moe_numba._tokens import open_tokens
@@ -113,9 +113,7 @@ def damages(whole, chance):
             case 3:
                 broken[at:at] = broken[: chance.randrange(len(whole))]
             case 4:
-                broken[at : at + 1] = chance.choice(
-                    [b"[", b"{", b'"', b"9" * 30, b"-", b"null", b"1e999", b"\0", b"\xff"]
-                )
+                broken[at : at + 1] = chance.choice(PIECES)
             case 5:
                 broken += chance.randbytes(chance.randrange(100))
         yield bytes(broken)
@@ -311,6 +309,46 @@ def test_a_file_that_is_replaced_is_read_as_it_was(tmp_path):
         assert not read("a").any()
         assert not read("b").any()
     assert Safetensors(path).map("b").all()
+
+
+def test_tokens_that_are_replaced_while_they_are_opened_are_those_of_the_header(tmp_path, monkeypatch):
+    path, header = tmp_path / "x.npy", _tokens._read_npy_header
+    np.save(path, np.zeros((5, 3), np.float32))
+
+    def replaced(file):
+        np.save(tmp_path / "new.npy", np.ones((50, 3), np.float64))
+        (tmp_path / "new.npy").rename(path)
+        return header(file)
+
+    monkeypatch.setattr(_tokens, "_read_npy_header", replaced)
+    with open_tokens(path) as tokens:
+        np.testing.assert_array_equal(tokens.read(0, 5), np.zeros((5, 3)))
+
+
+def test_outputs_take_the_place_of_files_only(tmp_path):
+    layer = MoeLayer(MoeConfig(input_dim=3, hidden_dim=2))
+    np.save(tmp_path / "x.npy", np.zeros((5, 3), np.float32))
+    os.mkfifo(tmp_path / "pipe")
+    for path, why in ((tmp_path / "pipe", "is no file"), (tmp_path, "is a directory"), (f"{tmp_path}/a\0", "null")):
+        for save in (
+            layer.save,
+            lambda path: run(layer, tmp_path / "x.npy", path),
+            lambda path: run(layer, tmp_path / "x.npy", path, resume=True),
+        ):
+            with pytest.raises(CheckpointError, match=f"cannot be written.*{why}"):
+                save(path)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"pipe", "x.npy"}
+
+
+def test_a_link_and_the_permissions_of_an_output_stay(tmp_path):
+    behind, link = tmp_path / "behind", tmp_path / "link"
+    behind.write_bytes(b"old")
+    behind.chmod(0o640)
+    link.symlink_to(behind)
+    MoeLayer(MoeConfig(input_dim=3, hidden_dim=2)).save(link)
+    assert link.is_symlink()
+    assert behind.stat().st_mode & 0o777 == 0o640
+    assert MoeLayer.load(behind).config.input_dim == 3
 
 
 def test_an_object_array_is_never_unpickled(tmp_path):

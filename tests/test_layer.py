@@ -166,6 +166,14 @@ def test_any_layout_of_memory(layer, x, layout):
     assert_array_equal(np.array(laid_out), before)  # the input is left alone
 
 
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+@pytest.mark.parametrize("kind", [{"num_identity_experts": 2}, {"apply_router_weight_on_input": True}], ids=str)
+def test_a_matrix_is_an_array(rng, kind):
+    layer = random_layer(num_experts=3, top_k=2, capacity_factor=None, input_dim=5, hidden_dim=4, **kind)
+    x = random_array(rng, 9, 5)
+    assert_same_bits(layer(x.view(np.matrix))[0], layer(x)[0])
+
+
 def test_output_is_fresh_memory(layer, x):
     y, _ = layer(x)
     kept = y.copy()

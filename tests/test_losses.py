@@ -29,6 +29,10 @@ def test_load_fractions_of_many_tokens_do_not_drift():
     assert_allclose(expert_load_fractions(probs), 1 / 3, rtol=1e-7)
 
 
+def test_z_loss_of_infinite_logits_is_nan_and_says_nothing():
+    assert np.isnan(z_loss(np.full((2, 3), np.inf)))
+
+
 @pytest.mark.parametrize("capacity_factor", [None, 0.5, 1.0])
 def test_balance_loss_of_a_forward(rng, capacity_factor):
     layer = random_layer(num_experts=6, top_k=2, capacity_factor=capacity_factor, input_dim=8, hidden_dim=4)

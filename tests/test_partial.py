@@ -157,12 +157,61 @@ def test_other_noise_and_another_version_are_refused(source, tmp_path, monkeypat
         run(layer_of({"noise_std": 1.0}), source, target, BATCH, resume=True)
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"{}", b'{"size": 9, "progress": {}, "identity": 3}'])
+@pytest.mark.parametrize(
+    "damage", [b"", b"{", b"[]", b"{}", b"[" * 100_000, b'{"size": 9, "progress": {}, "identity": 3}']
+)
 def test_a_damaged_record_is_refused(source, tmp_path, damage):
     stopped(layer_of({}), source, tmp_path / "y.npy", 200)
     (tmp_path / "y.npy.part" / "record.json").write_bytes(damage)
     with pytest.raises(CheckpointError, match=r"record\.json: is damaged"):
         run(layer_of({}), source, tmp_path / "y.npy", BATCH, resume=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": 9.5},
+        {"size": True},
+        {"progress": None},
+        {"progress": {}},
+        {"progress": {"tokens": 50}},
+        {"progress.rows": [1]},
+        {"progress.rows": None},
+        {"progress.tokens": "50"},
+    ],
+    ids=str,
+)
+def test_a_record_of_other_types_is_refused(source, tmp_path, change):
+    stopped(layer_of({}), source, tmp_path / "y.npy", 200)
+    path = tmp_path / "y.npy.part" / "record.json"
+    record = json.loads(path.read_text())
+    for name, value in change.items():
+        *outer, last = name.split(".")
+        (record[outer[0]] if outer else record)[last] = value
+    path.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"record\.json: is damaged"):
+        run(layer_of({}), source, tmp_path / "y.npy", BATCH, resume=True)
+
+
+def test_a_record_that_a_finished_run_left_is_nothing_to_continue(source, tmp_path):
+    """Killed when its data was in the output's place, and its directory still there."""
+    target = tmp_path / "y.npy"
+    stopped(layer_of({}), source, target, 200)
+    (tmp_path / "y.npy.part" / "data").rename(target)
+    run(layer_of({}), source, target, BATCH, resume=True)
+    run(layer_of({}), source, tmp_path / "whole.npy", BATCH)
+    assert target.read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    assert names(tmp_path) == {"x.npy", "y.npy", "whole.npy"}
+
+
+def test_files_of_others_in_the_directory_stay(source, tmp_path):
+    others = tmp_path / "y.npy.part"
+    others.mkdir()
+    (others / "thesis.txt").write_text("precious")
+    run(layer_of({}), source, tmp_path / "y.npy", BATCH, resume=True)
+    with pytest.raises(CheckpointError):
+        run(layer_of({}), tmp_path / "y.npy.part" / "thesis.txt", tmp_path / "y.npy", BATCH, resume=True)
+    assert names(others) == {"thesis.txt"}
 
 
 def test_data_that_is_shorter_than_its_record_is_refused(source, tmp_path):

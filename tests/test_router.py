@@ -217,6 +217,12 @@ def test_fields_left_out_of_a_result_are_derived(rng, capacity_factor, overflow)
     _assert_same_routing(built, routed)
 
 
+def test_derived_counts_are_of_the_filled_slots_wherever_they_are():
+    built = RoutingResult(np.array([[3, 1]]), np.float32([[0, 0.5]]), np.zeros((1, 4), np.float32))
+    assert_array_equal(built.expert_counts, [0, 1, 0, 0])
+    assert_array_equal(built.slots_used, [1])
+
+
 def test_result_of_an_empty_batch_is_derived():
     built = RoutingResult(np.zeros((0, 2), np.int64), np.zeros((0, 2), np.float32), np.zeros((0, 3), np.float32))
     assert_array_equal(built.expert_counts, [0, 0, 0])

@@ -86,9 +86,8 @@ def test_rules_with_limits(rng, rules, overflow, limit):
         pytest.skip("two experts a group, of which a token may lose both")
     config = RouterConfig(input_dim=32, num_experts=32, top_k=3, overflow=overflow, **limit, **RULES[rules])
     result = assert_as_reference(router_of(rng, config), spread_logits(rng, 90, 32))
-    assert (
-        result.expert_counts.max() == reference.capacity_limit(90, 3, 32, 0.6) if "expert_capacity" not in limit else 5
-    )
+    capacity = limit.get("expert_capacity") or reference.capacity_limit(90, 3, 32, 0.6)
+    assert result.expert_counts.max() == capacity
 
 
 @pytest.mark.plain
@@ -121,6 +120,15 @@ def test_any_rules(data):
     )
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     assert_as_reference(router_of(rng, config), spread_logits(rng, draw(st.integers(0, 40)), experts))
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("bias", [1e3, 1e5, -np.inf])
+def test_weights_of_chosen_logits_know_nothing_of_the_bias(rng, bias):
+    config = RouterConfig(16, 16, 3, None, score_before_topk=False, selection_bias=True)
+    router = router_of(rng, config)
+    router.e_score_correction_bias = np.float32([bias] * 14 + [0, 0])
+    assert_as_reference(router, spread_logits(rng, 20, 16))
 
 
 @pytest.mark.parametrize("mask", GROUP_MASKS)

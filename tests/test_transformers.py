@@ -202,6 +202,20 @@ def test_unknown_gates_fall_back(caplog):
         assert_falls_back(caplog, module, call(module), "activation")
 
 
+@pytest.mark.parametrize("limit", [7.0, 30.0, 1000.0])
+def test_limits_are_recognised_however_large(limit):
+    module = experts_module(model_of("olmoe"))
+    module.limit = limit
+    module._apply_gate = lambda x: _clamped(*x.chunk(2, dim=-1), limit)
+    x, indices, weights = call(module)
+    ours, eager = both(module, 1000 * x, indices, weights)
+    assert (ours - eager).abs().max() <= 1e-5 * eager.abs().max()
+
+
+def _clamped(gate, up, limit):
+    return torch.nn.functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu"])
 def test_activations_are_recognised(caplog, activation):
     module = experts_module(model_of("olmoe"))

@@ -140,7 +140,7 @@ def _as_numpy(tensor):
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-#: Where activations differ: both sides of every limit of the models known.
+#: Where activations differ.
 _PROBE = np.linspace(-24, 24, 97)
 
 
@@ -153,15 +153,17 @@ def _recognise_gate(module):
         ours = {name: reference.FUNCTIONS[a.function](_PROBE) for name, a in ACTIVATIONS.items() if not a.gated}
         theirs = _try(module.act_fn, _PROBE)
         return next(((name, {}) for name, value in ours.items() if _equal(value, theirs)), None)
-    gate, up = (values.ravel() for values in np.meshgrid(_PROBE, _PROBE))
+    limits = [getattr(module, name, None) for name in ("limit", "swiglu_limit")]
+    # And both sides of every limit, or a layer without it would seem to do the same.
+    probe = np.concatenate([_PROBE, *(limit * np.array([-2, -1.1, 1.1, 2]) for limit in limits if limit)])
+    gate, up = (values.ravel() for values in np.meshgrid(probe, probe))
     order = np.stack([gate, up], axis=1 if not module.is_concatenated else 0)
     theirs = _try(module._apply_gate, order.reshape(1, -1))
     for name, activation in ACTIVATIONS.items():
         if activation.gated and _equal(reference.FUNCTIONS[activation.function](gate) * up, theirs):
             return name, {}
-    limits = {None, *(getattr(module, name, None) for name in ("limit", "swiglu_limit"))}
     alphas = {1.0, 1.702, *(getattr(module, name, 1.0) for name in ("alpha", "swiglu_alpha"))}
-    for limit, alpha, beta in itertools.product(limits, alphas, (0.0, 1.0)):
+    for limit, alpha, beta in itertools.product({None, *limits}, alphas, (0.0, 1.0)):
         if _equal(reference.clamped_swiglu(gate, up, limit, alpha, beta), theirs):
             return "swiglu", {"swiglu_limit": limit, "swiglu_alpha": alpha, "swiglu_beta": beta}
     return None

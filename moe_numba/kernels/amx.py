@@ -27,12 +27,12 @@ from .experts import (
     take_columns,
     write_sums,
 )
-from .plan import MOST_COLUMNS, PIECES, Rows, columns_per_piece, most_rows, piece, plan_rows
+from .plan import MOST_COLUMNS, PIECES, Rows, columns_per_piece, piece, plan_rows
 
 #: Rows that share one pass over the weights: Mixtral reads them once for 2,048 tokens, with 512 rows twice for every
 #: second expert (5 to 12 % slower).
 ROW_BLOCK = 640
-#: Output columns per piece of work are a multiple of this.
+#: Hidden columns of a piece of work are a multiple of this.
 COLUMN_BLOCK = 2 * TILE
 #: Output columns of a piece of work, for all tokens, are a multiple of this.
 OUTPUT_BLOCK = 2 * COLUMN_BLOCK
@@ -44,7 +44,7 @@ OUTPUT_COLUMNS, OUTPUT_VALUES = (128, 512), 65536
 HIDDEN_PER_COLUMN = 16
 #: float32 sums of one thread: 384 columns of gate and up of ROW_BLOCK rows, so that tokens are seldom read again.
 SCRATCH_SIZE = 2 * 384 * ROW_BLOCK
-#: Tiles of tokens that are packed per piece of work.
+#: Steps along the width of the tokens of a block that are packed in a piece of work.
 PACK_STEPS = 32
 
 
@@ -104,9 +104,7 @@ def _up_projection(weights, form, rows, space, worker):
     projections = 2 if form.gated else 1
     run = projections if form.interleaved else 1
     weight_rows = WeightRows(projections, width if form.interleaved else hidden_dim * width, run * width)
-    held = SCRATCH_SIZE // (groups_of(most_rows(rows)) * TILE * projections)
-    pieces = PIECES * space.scratch.shape[0]
-    column_block = columns_per_piece(rows, hidden_dim, pieces, min(held, MOST_COLUMNS), COLUMN_BLOCK)
+    column_block = columns_per_piece(rows, hidden_dim, PIECES * space.scratch.shape[0], MOST_COLUMNS, COLUMN_BLOCK)
     column_blocks = (hidden_dim + column_block - 1) // column_block
     stride = space.tokens.shape[1]
     sums = pointer(space.scratch, worker * space.scratch.shape[1])
@@ -174,12 +172,10 @@ def _down_projection(weights, rows, topk_weights, used, space, y, worker):
     tile = offset(outputs, TILE * width)
 
     configure(TILE, TILE)
-    held = SCRATCH_SIZE // (groups_of(most_rows(rows)) * TILE)  # columns whose sums scratch holds
-    most = min(width, held // OUTPUT_BLOCK * OUTPUT_BLOCK)
-    next_column, next_columns = take_columns(space, output_dim, most, OUTPUT_BLOCK)
+    next_column, next_columns = take_columns(space, output_dim, width, OUTPUT_BLOCK)
     while next_columns > 0:
         column, columns = next_column, next_columns
-        next_column, next_columns = take_columns(space, output_dim, most, OUTPUT_BLOCK)
+        next_column, next_columns = take_columns(space, output_dim, width, OUTPUT_BLOCK)
         start_sums(topk_weights, used, sums, width)
         for block in range(rows.n_blocks):
             expert, first, end = rows.blocks[block, 0], rows.blocks[block, 1], rows.blocks[block, 2]

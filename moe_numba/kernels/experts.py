@@ -90,7 +90,7 @@ def experts_forward(x, weights, form, products, indices, topk_weights, used, spa
     topk_weights  (T, K) float32
     used          (T,) int64 slots of each token that are dispatched, from the first on
     space         Workspace
-    y             (T, H) float32, written. A token without rows gets its first weight, 0 or NaN.
+    y             (T, H) float32, written. A token of which no slot is dispatched gets its first weight, 0 or NaN.
 
     Returns how many dispatched slots name no expert; they add nothing.
 
@@ -137,7 +137,7 @@ def _pack(x, rows, block, start, weights, space):
 
 @inline
 def _columns_per_piece(rows, width, threads, transposed):
-    """Columns of a piece of work over `width` columns, whose sums scratch holds."""
+    """Columns of a piece of work over `width` columns: the more rows, the fewer; scratch holds their sums."""
     unit, most, pieces = COLUMN_BLOCK, MOST_COLUMNS, PIECES
     if transposed:
         unit, most, pieces = TRANSPOSED_BLOCK, MOST_TRANSPOSED_COLUMNS, TRANSPOSED_PIECES
@@ -152,8 +152,8 @@ def _columns_per_piece(rows, width, threads, transposed):
 def _project(a, stride, rows, w, products, height, length, at, columns, then, out, out_stride):
     """Products with `columns` columns of an expert's weights, in either storage.
 
-    at, then: (expert, column) of these weights and of the next; all experts together have `height` columns
-    of `length` values each, `w` points to the first. The rest as in `project`.
+    at, then: (expert, column) of these weights and of the next; each expert has `height` columns of `length`
+    values, `w` points to the first of all. The rest as in `project`.
     """
     expert, column = at
     next_expert, next_column = then
@@ -341,7 +341,7 @@ def bias_of(bias, expert, column):
 
 @helper
 def start_sums(topk_weights, used, sums, width):
-    """sums[t] = 0, or the first weight of a token without rows."""
+    """sums[t] = 0, or the first weight of a token of which no slot is dispatched."""
     for t in range(used.shape[0]):
         start = splat(topk_weights[t, 0] if used[t] == 0 else np.float32(0.0))
         for i in range(0, width, LANES):

@@ -6,8 +6,8 @@ import numpy as np
 
 from .._jit import helper, inline
 
-#: Output columns per piece of work at most. With a row or two per expert pieces of 384 columns were read
-#: from memory 5 % faster than those of 96: the processor fetches a long stream ahead.
+#: Hidden columns of a piece of work of the first projection at most. With a row or two per expert pieces of 384 columns
+#: were read from memory 5 % faster than those of 96: the processor fetches a long stream ahead.
 MOST_COLUMNS = 384
 #: Pieces of work per thread at least, so that threads end at about the same time (with 8, one token of olmoe took
 #: 1 to 2 % longer).
@@ -18,7 +18,7 @@ MOST_TRANSPOSED_COLUMNS, TRANSPOSED_PIECES = 1440, 4
 
 
 class Rows(NamedTuple):
-    """Rows sorted by expert, within an expert in token order; R are dispatched."""
+    """Rows sorted by expert, within an expert in token order: R, one for each dispatched slot that names an expert."""
 
     row_token: np.ndarray  #: (T K,) int64, the first R of them: token of each row
     row_slot: np.ndarray  #: (T K,) int64, the first R of them: slot of each row, t K + k of the slot (t, k)
@@ -71,7 +71,7 @@ def output_piece(item, width, threads, most, unit):
 
 @helper
 def plan_rows(indices, used, experts, row_block, unit, memory):
-    """Give every dispatched slot a row, the rows of one expert side by side in token order.
+    """Give every dispatched slot that names an expert a row, the rows of one expert side by side in token order.
 
     indices     (T, K) int64 expert of each slot
     used        (T,) int64 slots of each token that are dispatched, from the first on

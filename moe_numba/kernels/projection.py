@@ -247,7 +247,7 @@ def project(a, stride, rows, w, w_stride, columns, length, then, out, out_stride
     w           weights; row j begins at w[j * length]
     w_stride    equal to length; an argument because `project_transposed` has it
     length      values summed
-    then        offset from `w` to the weights of the next call, which are fetched in advance
+    then        offset from `w` to the weights of the next call, which many rows ask for in advance
     out         row r begins at out[r * out_stride]; written up to the end of the last group of GROUP_ROWS rows
     """
     if rows <= GROUP_ROWS and length < FETCH_LINES * line_size(w):
@@ -276,17 +276,17 @@ def project(a, stride, rows, w, w_stride, columns, length, then, out, out_stride
             else:
                 ahead = then
             for k in range(start, end, block):
-                size = min(block, end - k)
+                depth = min(block, end - k)
                 at = j * length + k
                 # Whole weight rows lie end to end and are fetched in that order, as long as they are:
                 # the processor recognises the stream and reads ahead of it.
                 if span < length:
                     fetch = (ahead + k - start - at, length, TILE_COLUMNS, 0)
                 else:
-                    fetch = (ahead + TILE_COLUMNS * k - at, size, TILE_COLUMNS, again)
+                    fetch = (ahead + TILE_COLUMNS * k - at, depth, TILE_COLUMNS, again)
                 n = min(TILE_COLUMNS, columns - j)
-                v, y = offset(w, at), offset(out, j)
-                _strip(a, stride, parts, k, v, clamped_offsets(length, n - 1), n, size, fetch, k == 0, y, out_stride, 1)
+                v, y, columns_at = offset(w, at), offset(out, j), clamped_offsets(length, n - 1)
+                _strip(a, stride, parts, k, v, columns_at, n, depth, fetch, k == 0, y, out_stride, 1)
 
 
 @helper

@@ -148,14 +148,15 @@ def _group_score(rules, keys, t, group, size):
 def weigh(rules, scores, keys, t, n, indices, weights):
     """weights[t, :n] of the chosen indices[t, :n]."""
     if rules.scoring == SOFTMAX and not rules.before:  # of the chosen logits alone
-        high = np.float32(-np.inf)
-        for j in range(n):
-            weights[t, j] = keys[t, indices[t, j]]
-            if rules.selection_bias.shape[0] > 0:
-                weights[t, j] -= rules.selection_bias[indices[t, j]]
-            high = max(high, weights[t, j])
-        for j in range(n):
-            weights[t, j] = np.exp(weights[t, j] - high)
+        if rules.selection_bias.shape[0] > 0:  # keys are logits and a bias, which may be large, or -inf
+            for j in range(n):
+                weights[t, j] = scores[t, indices[t, j]]
+        else:
+            high = np.float32(-np.inf)
+            for j in range(n):
+                high = max(high, keys[t, indices[t, j]])
+            for j in range(n):
+                weights[t, j] = np.exp(keys[t, indices[t, j]] - high)
         normalise(weights, t, n, 0.0)
     else:
         for j in range(n):

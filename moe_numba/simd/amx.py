@@ -9,7 +9,8 @@ A tile register holds 16 rows of 64 bytes. Here
   column.
 
 Weights as checkpoints store them, [out, in], are a first operand as they are, and tokens the second one (`pack_pairs`).
-Weights stored [in, out] are the second operand, two rows at a time, and tokens the first one.
+Of weights stored [in, out], a register has 16 rows of 32 columns as they lie there: its pairs are neighbouring columns
+of one row, and tokens, the first operand, come with a 0 in place of the one or of the other (amx_transposed.py).
 
 The unit adds up even and odd values of a step apart, then both to the sum, for every column alike, whatever the other
 columns hold (Intel 64 and IA-32 Architectures Software Developer's Manual, TDPBF16PS). Denormals count as 0.

@@ -2,8 +2,8 @@
 
 A vector of activations holds 128 bits of each of GROUP_ROWS rows; 128 bits of a weight row meet all of them at once.
 So an accumulator has four partial sums of every row: lane i of a row's four adds up the products at K = i, i + 4,
-i + 8, ... (bfloat16: pairs of products). The four are added up once, at the end, always in the same order. The
-result for one row therefore does not depend on the rows that share its tile.
+i + 8, ... (bfloat16: pairs of products). The four are added up at the end of a block of K, always in the same order.
+The result for one row therefore does not depend on the rows that share its tile.
 
 Packed activations: a tile of R rows holds value k of row r at (k // B * R + r) * B + k % B, with B = `step_size`
 values in 128 bits. Behind the last value are zeros up to a multiple of B.
