@@ -1,5 +1,7 @@
 """Fixtures and the hypothesis profile that all tests share."""
 
+import signal
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -29,6 +31,17 @@ def _same_thread_count_afterwards():
     before = moe_numba.get_num_threads()
     yield
     moe_numba.set_num_threads(before)
+
+
+@pytest.fixture
+def signals_are_heard():
+    """Children inherit which signals are ignored, and tests may run under `nohup` or in the background of a script."""
+    ignored = [n for n in (signal.SIGHUP, signal.SIGINT) if signal.getsignal(n) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture

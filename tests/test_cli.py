@@ -79,6 +79,7 @@ def test_bfloat16_layer(tmp_path, capsys):
     assert "relu, bfloat16" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("signals_are_heard")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_ended_run_leaves_the_old_output_whole(tmp_path, number):
     np.save(tmp_path / "x.npy", np.zeros((6_000_000, 64), np.float16))  # seconds of work
@@ -131,6 +132,7 @@ class _Lost:
         signal.raise_signal(self.number)
 
 
+@pytest.mark.usefixtures("signals_are_heard")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_whose_exception_is_lost_ends_the_run_at_the_next_batch(tmp_path, monkeypatch, number):
     forward = MoeLayer.forward

@@ -340,6 +340,7 @@ def long_run(tmp_path_factory):
 
 
 @pytest.mark.jit
+@pytest.mark.usefixtures("signals_are_heard")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_at_random_moments_and_continued(long_run, number):
     folder, expected, whole, seconds = long_run
@@ -368,6 +369,7 @@ def test_killed_at_random_moments_and_continued(long_run, number):
 
 
 @pytest.mark.jit
+@pytest.mark.usefixtures("signals_are_heard")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_ended_at_random_moments_nothing_is_left(long_run, number):
     folder, expected, _, seconds = long_run
