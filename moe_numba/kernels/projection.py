@@ -161,7 +161,7 @@ def _strip(a, stride, parts, k, w, columns_at, n, size, fetch, first, out, out_s
         fetched = 0
     for t in range(tiles):
         share, fetch_end = 0, fetched
-        if tiles > 1:  # a division takes as long as a sixth of a small layer's tile
+        if tiles > 1 and fetched > 0:  # a division takes as long as a sixth of a small layer's tile
             share, fetch_end = t * fetched // tiles, (t + 1) * fetched // tiles
         ahead = (place + share * fetch_stride, fetch_stride, fetch_end - share, again)
         row, vectors = tile_of(groups, tiles, fewest, t)
