@@ -42,13 +42,13 @@ from ..simd.vector import element, load, offset, splat, store_operand
 ROW_BLOCK = 128
 #: Steps along K whose sums are added up in one chain: with AVX-512 1,024 float32 values, or 2,048 bfloat16. Elsewhere
 #: 2,048 of both, so that tiles are called half as often (Zen 3, K = 2048, 60 and 126 rows: 1 to 8 % faster in float32,
-#: 6 to 8 % in bfloat16; 4,096 values with K = 4096: from 17 % slower to 7 % faster). Not compared with AVX-512. The error
-#: of a float32 layer grows from 5e-7 to 7e-7 (H = 2048, F = 1024, root mean square).
+#: 6 to 8 % in bfloat16; 4,096 values with K = 4096: from 17 % slower to 7 % faster). Not compared with AVX-512. The
+#: error of a float32 layer grows from 5e-7 to 7e-7 (H = 2048, F = 1024, root mean square).
 BLOCK_STEPS = 256 if LANES == 16 else 512
 #: Activations per pass in cache lines, which stay in the second-level cache while the weight rows stream past. Many
-#: rows take K in several passes, few rows in one. 768 KiB of the 1 MiB and more that processors with AVX-512 have
-#: (Xeon, olmoe, float32, T = 2048: with half of it 3 % slower, with twice of it 1 %), half of it elsewhere (Zen 3,
-#: 512 KiB, olmoe, T = 512: with 768 KiB 2 to 3 % slower).
+#: rows take K in several passes, of a block at least, few rows in one. 768 KiB of the 1 MiB and more that processors
+#: with AVX-512 have (Xeon, olmoe, float32, T = 2048: with half of it 3 % slower, with twice of it 1 %), half of it
+#: elsewhere (Zen 3, 512 KiB, olmoe, T = 512: with 768 KiB 2 to 3 % slower).
 PASS_LINES = 12288 if LANES == 16 else 6144
 #: Streams of weights that few rows read side by side (`_project_streams`). Processors that read ahead by themselves do
 #: so best with few; a single one would wait for its sums, whose chain takes 16 cycles a cache line.
