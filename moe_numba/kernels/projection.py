@@ -21,7 +21,7 @@ from ..simd.outer import (
     store_outer,
 )
 from ..simd.products import line_size, step_size
-from ..simd.target import GROUP_ROWS, LANES, OUTER_GROUPS, READS_AHEAD, ROW_COLUMNS, TILE_VECTORS, WIDE_COLUMNS
+from ..simd.target import GROUP_ROWS, LANES, OUTER_GROUPS, ROW_COLUMNS, TILE_VECTORS, WIDE_COLUMNS, ZEN4
 from ..simd.tile import (
     ROW_VECTORS,
     TILE_COLUMNS,
@@ -40,30 +40,25 @@ from ..simd.vector import element, load, offset, splat, store_operand
 
 #: Activation rows that share one pass over the weights.
 ROW_BLOCK = 128
-#: Steps along K whose sums are added up in one chain: with AVX-512 1,024 float32 values, or 2,048 bfloat16. Elsewhere
-#: 2,048 of both, so that tiles are called half as often (Zen 3, K = 2048, 60 and 126 rows: 1 to 8 % faster in float32,
-#: 6 to 8 % in bfloat16; 4,096 values with K = 4096: from 17 % slower to 7 % faster). Not compared with AVX-512. The
-#: error of a float32 layer grows from 5e-7 to 7e-7 (H = 2048, F = 1024, root mean square).
-BLOCK_STEPS = 256 if LANES == 16 else 512
+#: Steps along K whose sums are added up in one chain: 2,048 float32 values, or 4,096 bfloat16 by AVX512-BF16. The fewer
+#: blocks, the fewer calls of tiles (half as many values: Zen 3, K = 2048, 60 and 126 rows 1 to 8 % slower; Zen 4,
+#: Mixtral, float32, 1 to 16 rows 1 to 3 % slower, olmoe, T = 512 and 2048 within 1 %. Twice as many: Zen 3, K = 4096,
+#: from 17 % slower to 7 % faster). The error of a float32 layer grows from 5e-7 to 7e-7 (H = 2048, F = 1024, root mean
+#: square).
+BLOCK_STEPS = 512
 #: Activations per pass in cache lines, which stay in the second-level cache while the weight rows stream past. Many
 #: rows take K in several passes, of a block at least, few rows in one. 768 KiB of the 1 MiB and more that processors
 #: with AVX-512 have (Xeon, olmoe, float32, T = 2048: with half of it 3 % slower, with twice of it 1 %), half of it
 #: elsewhere (Zen 3, 512 KiB, olmoe, T = 512: with 768 KiB 2 to 3 % slower).
 PASS_LINES = 12288 if LANES == 16 else 6144
-#: Streams of weights that few rows read side by side (`_project_streams`). Processors that read ahead by themselves do
-#: so best with few; a single one would wait for its sums, whose chain takes 16 cycles a cache line.
-STREAMS = 3 if READS_AHEAD else TILE_COLUMNS
-#: Rows that are few in this sense; where activations compete with streams for the first-level cache, one vector (Xeon,
-#: float32, 16 rows per expert: olmoe 2 %, qwen3 4 %, Mixtral 4 % faster than with 16; the next, 24 rows: 1 %). With
-#: AVX2 four vectors (Zen 3, 16 rows: 5 to 9 % faster than with 32; 8 rows: within 2 %).
-STREAM_ROWS = 4 if READS_AHEAD else 32 if LANES == 16 else 8
+#: Rows that read weights as streams (`_project_streams`). With Intel's AVX-512 those of two largest tiles (Xeon,
+#: float32, 16 rows per expert: olmoe 2 %, qwen3 4 %, Mixtral 4 % faster than with 16; the next, 24 rows: 1 %),
+#: elsewhere fewer (Zen 3, 16 rows: 5 to 9 % faster than with 32; Zen 4, olmoe, T = 32: 2 to 4 % faster than with 4,
+#: with 16 and 32 up to 5 % slower).
+STREAM_ROWS = 32 if LANES == 16 and not ZEN4 else 8
 #: Cache lines from which a weight row is worth a stream of its own. Shorter ones lie in small layers,
 #: where the time is that of calling tiles (H = 64, F = 128, one token: 1.5 us of a forward of 23).
 STREAM_LINES = 24
-#: Activations that streams of weights leave in the first-level cache where the processor reads ahead by itself, in
-#: cache lines: with more, each weight row fetches them from the second level again (EPYC, K = 4096, 4 rows: 19 GB/s
-#: instead of 42).
-STREAM_ACTIVATIONS = 128
 #: Cache lines from which a block of a weight row is worth asking for the next one: a layer of shorter rows lies in the
 #: cache (H = 64, F = 128, one token: 1.2 us of a forward of 15). Where tiles have a single vector, such rows are taken
 #: WIDE_COLUMNS at a time (the same layer: EPYC 7 % faster with one token, 15 % with 4; Xeon 4 % and 8 %; 18 and 24
@@ -72,11 +67,12 @@ FETCH_LINES = 16
 #: Cache lines by which a second request for weights is ahead of the first. Processors of Intel read ahead of a stream
 #: whose lines are asked for twice within the same page of 4 KiB (Xeon, one core, six streams: 17 GB/s if each line is
 #: asked for a page before it is needed, 18.4 if it has been 8 lines earlier, too; 12 and 16 lines are slower). Zen 4
-#: gains with more rows, where it is asked at all (EPYC, olmoe, 8 rows per expert: float32 4 %, bfloat16 6 to 8 %
-#: faster; 4 and 16 lines less so, 32 lines and a request for the strip after the next one 0 to 3 %).
-REPEAT_LINES = 8
+#: gains by more (olmoe, one core, T = 1 and 16: 3 to 8 % faster than with 8 lines, 16 like 12), and also with many rows
+#: (9 to 16 rows per expert: 1 to 5 % faster than if asked once).
+REPEAT_LINES = 12 if ZEN4 else 8
 #: Cache lines from the end of one stream's requests to the next one's, so that streams come to the end of a page one
-#: after the other: there the processor has to find each of them anew (float32, T = 1 and 4: 5 and 6 % faster).
+#: after the other: there the processor has to find each of them anew (Xeon, float32, T = 1 and 4: 5 and 6 % faster;
+#: Zen 4, olmoe, one core, T = 1 and 16: 4 to 10 %).
 SKEW_LINES = 6
 #: Columns of a tile of outer products, and of one with a single group of rows.
 OUTER_COLUMNS, WIDE_OUTER_COLUMNS = len(OUTER) * LANES, len(WIDE_OUTER) * LANES
@@ -186,19 +182,19 @@ def _project_streams(a, stride, parts, w, columns, length, block, out, out_strid
 
     A tile's weight rows are as far apart as possible. So each is a stream that goes on with the row behind it, and the
     processor reads ahead of it from row to row (Xeon, olmoe, float32, T = 1, 4, 16: 7 to 12 % faster than tiles of
-    adjacent rows). A single tile of rows asks for what it needs soon; several share what all of them need next. (Zen 4:
-    a quarter slower if asked.)
+    adjacent rows; Zen 4, olmoe, one core, T = 1: 14 % in float32, 20 % in bfloat16). A single tile of rows asks for
+    what it needs soon; several share what all of them need next.
     """
-    apart = (columns + STREAMS - 1) // STREAMS
+    apart = (columns + TILE_COLUMNS - 1) // TILE_COLUMNS
     w_stride = apart * length
-    fetched = 0 if READS_AHEAD else STREAMS
     soon, skew = REPEAT_LINES * line_size(w), SKEW_LINES * line_size(w)
     for j in range(apart):
-        n = min(STREAMS, (columns - j + apart - 1) // apart)
-        columns_at = clamped_offsets(w_stride, n - 1)[:STREAMS]
+        n = min(TILE_COLUMNS, (columns - j + apart - 1) // apart)
+        columns_at = clamped_offsets(w_stride, n - 1)
         for k in range(0, length, block):
             size = min(block, length - k)
-            fetch = (soon, w_stride + skew, fetched, soon) if parts[1] == 1 else (size, w_stride, fetched, soon)
+            place, fetch_stride = (soon, w_stride + skew) if parts[1] == 1 else (size, w_stride)
+            fetch = (place, fetch_stride, TILE_COLUMNS, soon)
             v, y = offset(w, j * length + k), offset(out, j)
             _strip(a, stride, parts, k, v, columns_at, n, size, fetch, k == 0, y, out_stride, apart)
 
@@ -259,14 +255,13 @@ def project(a, stride, rows, w, w_stride, columns, length, then, out, out_stride
     parts = tiles_of(rows)
     block = BLOCK_STEPS * step_size(a)
     size = parts[0] * GROUP_ROWS
-    again = REPEAT_LINES * line_size(w) if READS_AHEAD else 0
+    again = REPEAT_LINES * line_size(w) if ZEN4 else 0
     span = max(1, PASS_LINES * line_size(a) // (size * block)) * block
     widened = line_size(w) > 4 * step_size(a)  # bfloat16 without a dot product of its own
     if widened and rows == 1 and length >= STREAM_LINES * line_size(w) and length % line_size(w) == 0:
         _project_row(a, w, columns, length, block, out)
         return
-    few = rows <= STREAM_ROWS and length >= STREAM_LINES * line_size(w) and span >= length
-    if few and (not READS_AHEAD or size * length <= STREAM_ACTIVATIONS * line_size(a)):
+    if rows <= STREAM_ROWS and length >= STREAM_LINES * line_size(w) and span >= length:
         _project_streams(a, stride, parts, w, columns, length, block, out, out_stride)
         return
     for start in range(0, length, span):

@@ -81,10 +81,9 @@ def has_amx() -> bool:
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
-#: True where memory is read fastest if the processor reads ahead by itself: Zen 4 (Zen 5 is taken for its like). Others
-#: read faster if asked for what comes next: Xeon, and Zen 3 (olmoe's shapes, 1 to 4 rows: 12 to 48 % faster, 8 rows 8
-#: to 13 %).
-READS_AHEAD = cpu_name() in {"znver4", "znver5"}
+#: True on Zen 4, and on Zen 5, which is taken for its like: some distances and sizes differ from those of Intel's
+#: processors with AVX-512 (kernels/projection.py).
+ZEN4 = cpu_name() in {"znver4", "znver5"}
 
 #: float32 values in one vector.
 LANES = register_bits() // 32
