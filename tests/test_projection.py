@@ -30,7 +30,7 @@ def _run(a, row_ids, w):
     out = np.full((rows, len(w) + 1), 99, np.float32)
     _project(a, row_ids, w, packed, out, len(w))
     assert_array_equal(out[:, -1], np.full(len(out), 99))
-    assert_array_equal(out[len(row_ids) :, :-1], np.zeros((rows - len(row_ids), len(w))))
+    assert np.isin(out[len(row_ids) :, :-1], (0, 99)).all()  # sums of zeros, or left alone
     return out[: len(row_ids), :-1]
 
 
@@ -49,7 +49,7 @@ def test_project(rng, rows, columns, length):
     assert (error <= 5e-7 * (np.abs(rows_64) @ np.abs(w_64).T)).all()
 
 
-@pytest.mark.parametrize("length", [LANES + 3, K_BLOCK + 5])
+@pytest.mark.parametrize("length", [LANES + 3, 80, K_BLOCK + 5])
 def test_a_row_does_not_depend_on_the_rows_beside_it(rng, length):
     a, w = random_array(rng, STREAM_ROWS + 5, length), random_array(rng, 9, length)
     together = _run(a, np.arange(len(a)), w)

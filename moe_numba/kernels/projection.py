@@ -201,11 +201,14 @@ def _project_streams(a, stride, parts, w, columns, length, block, out, out_strid
 
 @helper
 def _project_row(a, w, columns, length, block, out):
-    """`project` of a single row, by weights that are widened: ROW_COLUMNS streams, half as many instructions."""
+    """`project` of a single row, by weights that are widened, in ROW_COLUMNS streams with half as many instructions, or
+    by short ones (Zen 4, H = 64, F = 128, one token: experts 7.0 us instead of 7.9, a forward 13.1 instead of 14.0).
+    """
     apart = (columns + ROW_COLUMNS - 1) // ROW_COLUMNS
     w_stride = apart * length
     line = line_size(w)
     soon, ahead = REPEAT_LINES * line, w_stride + SKEW_LINES * line
+    fetched = ROW_COLUMNS if length >= FETCH_LINES * line else 0
     for j in range(apart):
         n = min(ROW_COLUMNS, (columns - j + apart - 1) // apart)
         columns_at = clamped_offsets(w_stride, n - 1)[:ROW_COLUMNS]
@@ -213,15 +216,15 @@ def _project_row(a, w, columns, length, block, out):
             x, v = offset(a, start * GROUP_ROWS), offset(w, j * length + start)
             tile = zero_tile(VECTORS[0], columns_at[:ROW_VECTORS])
             for k in range(0, min(block, length - start), line):
-                prefetch_rows(v, soon + k, ahead, ROW_COLUMNS)
-                prefetch_rows(v, 2 * soon + k, ahead, ROW_COLUMNS)
+                prefetch_rows(v, soon + k, ahead, fetched)
+                prefetch_rows(v, 2 * soon + k, ahead, fetched)
                 tile = row_dot_line(tile, x, v, columns_at, k)
             store_row_sums(tile, columns_at, start == 0, offset(out, j), apart, n)
 
 
 @helper
 def _project_short(a, w, columns, length, out, out_stride):
-    """`project` of one group of rows and short weight rows, for which the time is that of calling tiles: wide ones."""
+    """`project` of a group of rows and short weight rows, for which the time is that of calling tiles: wide ones."""
     nothing = (0, 0, 0, 0)
     for j in range(0, columns - WIDE_COLUMNS + 1, WIDE_COLUMNS):
         v, y = offset(w, j * length), offset(out, j)
@@ -247,9 +250,13 @@ def project(a, stride, rows, w, w_stride, columns, length, then, out, out_stride
     w_stride    equal to length; an argument because `project_transposed` has it
     length      values summed
     then        offset from `w` to the weights of the next call, which many rows ask for in advance
-    out         row r begins at out[r * out_stride]; written up to the end of the last group of GROUP_ROWS rows
+    out         row r begins at out[r * out_stride]; may be written up to the end of the last group of GROUP_ROWS rows
     """
-    if rows <= GROUP_ROWS and length < FETCH_LINES * line_size(w):
+    short = length < FETCH_LINES * line_size(w)
+    if rows == 1 and short and length % line_size(w) == 0:
+        _project_row(a, w, columns, length, length, out)
+        return
+    if rows <= GROUP_ROWS and short:
         _project_short(a, w, columns, length, out, out_stride)
         return
     parts = tiles_of(rows)
