@@ -252,23 +252,20 @@ def project(a, stride, rows, w, w_stride, columns, length, then, out, out_stride
     then        offset from `w` to the weights of the next call, which many rows ask for in advance
     out         row r begins at out[r * out_stride]; may be written up to the end of the last group of GROUP_ROWS rows
     """
-    short = length < FETCH_LINES * line_size(w)
-    if rows == 1 and short and length % line_size(w) == 0:
-        _project_row(a, w, columns, length, length, out)
+    line, block = line_size(w), BLOCK_STEPS * step_size(a)
+    short, long = length < FETCH_LINES * line, length >= STREAM_LINES * line
+    widened = line > 4 * step_size(a)  # bfloat16 without a dot product of its own
+    if rows == 1 and length % line == 0 and (short or (widened and long)):
+        _project_row(a, w, columns, length, block, out)
         return
     if rows <= GROUP_ROWS and short:
         _project_short(a, w, columns, length, out, out_stride)
         return
     parts = tiles_of(rows)
-    block = BLOCK_STEPS * step_size(a)
     size = parts[0] * GROUP_ROWS
-    again = REPEAT_LINES * line_size(w) if ZEN4 else 0
+    again = REPEAT_LINES * line if ZEN4 else 0
     span = max(1, PASS_LINES * line_size(a) // (size * block)) * block
-    widened = line_size(w) > 4 * step_size(a)  # bfloat16 without a dot product of its own
-    if widened and rows == 1 and length >= STREAM_LINES * line_size(w) and length % line_size(w) == 0:
-        _project_row(a, w, columns, length, block, out)
-        return
-    if rows <= STREAM_ROWS and length >= STREAM_LINES * line_size(w) and span >= length:
+    if rows <= STREAM_ROWS and long and span >= length:
         _project_streams(a, stride, parts, w, columns, length, block, out, out_stride)
         return
     for start in range(0, length, span):
