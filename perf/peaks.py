@@ -38,7 +38,7 @@ from moe_numba.simd.target import LANES, TILE_VECTORS, has_amx, has_bf16_dot
 from moe_numba.simd.tile import (
     TILE_COLUMNS,
     TILE_ROWS,
-    VECTORS,
+    WHOLE,
     clamped_offsets,
     dot_line,
     prefetch,
@@ -58,7 +58,7 @@ REGISTERS = 12
 #: so that the rows do not meet in the same few sets of it.
 TILE_LINES = 33
 #: The largest tile.
-LARGEST = VECTORS[TILE_VECTORS - 1]
+LARGEST = WHOLE[TILE_VECTORS - 1]
 #: Loads under way in each thread.
 STREAMS = 8
 #: float32 values from one stream to the next: 256 KiB and a line, again for the sets of the caches.

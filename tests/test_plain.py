@@ -28,8 +28,10 @@ from moe_numba.simd.outer import (
 from moe_numba.simd.products import line_size, step_size
 from moe_numba.simd.target import GROUP_ROWS, LANES, ROW_COLUMNS, TILE_COLUMNS, WIDE_COLUMNS, has_bf16_dot
 from moe_numba.simd.tile import (
+    ONE_LAST,
     ROW_VECTORS,
-    VECTORS,
+    TWO_LAST,
+    WHOLE,
     clamped_offsets,
     dot_line,
     dot_step,
@@ -62,9 +64,6 @@ from moe_numba.simd.vector import (
 )
 
 pytestmark = pytest.mark.plain
-
-#: Vectors of the tiles here.
-ONE, TWO = VECTORS[:2]
 
 VALUES = np.float32([0.0, -0.0, 1.0, -1.0, 0.5, 1e-45, -1e-40, 3e38, -3e38, 1e30, np.inf, -np.inf, np.nan])
 
@@ -206,31 +205,34 @@ def test_memory(rng):
     assert_both_alike(_memory, x, np.zeros(1, np.uint16), out, floats, np.zeros(out.shape, np.uint16))
 
 
-def _dot_products(a, w, out, length, columns, apart):
-    columns_at = clamped_offsets(length, columns - 1)
-    tile = zero_tile(TWO, columns_at)
-    x, v = pointer(a, 0), pointer(w, 0)
-    whole = length - length % line_size(v)
-    for k in range(0, whole, line_size(v)):
-        tile = dot_line(tile, x, TWO, v, columns_at, k)
-    for k in range(whole, length, step_size(x)):
-        tile = dot_step(tile, x, TWO, v, columns_at, k, length - k)
-    prefetch_rows(v, 0, length, columns)
-    store_sums(tile, TWO, columns_at, out[0] == 0.0, pointer(out, 1), apart * columns, apart, columns)
+def _dot_products(shape):
+    def products(a, w, out, length, columns, apart):
+        columns_at = clamped_offsets(length, columns - 1)
+        tile = zero_tile(shape, columns_at)
+        x, v = pointer(a, 0), pointer(w, 0)
+        whole = length - length % line_size(v)
+        for k in range(0, whole, line_size(v)):
+            tile = dot_line(tile, x, shape, v, columns_at, k)
+        for k in range(whole, length, step_size(x)):
+            tile = dot_step(tile, x, shape, v, columns_at, k, length - k)
+        prefetch_rows(v, 0, length, columns)
+        store_sums(tile, shape, columns_at, out[0] == 0.0, pointer(out, 1), apart * columns, apart, columns)
+
+    return products
 
 
 def _wide_dot_products(a, w, out, length, columns, apart):
     columns_at = wide_offsets(length)
-    tile = zero_tile(ONE, columns_at)
+    tile = zero_tile(WHOLE[0], columns_at)
     x, v = pointer(a, 0), pointer(w, 0)
     for k in range(0, length, step_size(x)):
-        tile = dot_step(tile, x, ONE, v, columns_at, k, length - k)
-    store_sums(tile, ONE, columns_at, out[0] == 0.0, pointer(out, 1), apart * columns, apart, columns)
+        tile = dot_step(tile, x, WHOLE[0], v, columns_at, k, length - k)
+    store_sums(tile, WHOLE[0], columns_at, out[0] == 0.0, pointer(out, 1), apart * columns, apart, columns)
 
 
 def _row_products(a, w, out, length, columns, apart):
     columns_at = clamped_offsets(length, columns - 1)[:ROW_COLUMNS]
-    tile = zero_tile(ONE, columns_at[:ROW_VECTORS])
+    tile = zero_tile(WHOLE[0], columns_at[:ROW_VECTORS])
     x, v = pointer(a, 0), pointer(w, 0)
     for k in range(0, length - length % line_size(v), line_size(v)):
         tile = row_dot_line(tile, x, v, columns_at, k)
@@ -254,7 +256,7 @@ def _outer_products(vectors):
 
 #: Columns of each kind of tile.
 TILES = {
-    _dot_products: range(1, TILE_COLUMNS + 1),
+    **{_dot_products(shape[1]): range(1, TILE_COLUMNS + 1) for shape in (ONE_LAST, TWO_LAST, WHOLE)},
     _wide_dot_products: (WIDE_COLUMNS,),
     _row_products: range(1, ROW_COLUMNS + 1),
     _outer_products(OUTER): (1, LANES + 3, OUTER_COLUMNS),

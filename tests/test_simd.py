@@ -13,10 +13,12 @@ from moe_numba.simd import target
 from moe_numba.simd.atomic import take_next
 from moe_numba.simd.math import exp, logistic, normal_cdf
 from moe_numba.simd.products import line_size, step_size
-from moe_numba.simd.target import GROUP_ROWS, LANES, TILE_VECTORS, WIDE_COLUMNS
+from moe_numba.simd.target import GROUP_ROWS, LANES, WIDE_COLUMNS
 from moe_numba.simd.tile import (
+    ONE_LAST,
     TILE_COLUMNS,
-    VECTORS,
+    TWO_LAST,
+    WHOLE,
     clamped_offsets,
     dot_line,
     dot_step,
@@ -200,28 +202,28 @@ def test_round_even_and_powers_of_two():
 
 
 @njit
-def _tile(a, vectors, w, columns_at, length, first, out, out_at, out_stride, apart, columns):
+def _tile(a, shape, w, columns_at, length, first, out, out_at, out_stride, apart, columns):
     rows, weights = pointer(a, 0), pointer(w, 0)
-    tile = zero_tile(vectors, columns_at)
+    tile = zero_tile(shape, columns_at)
     line = line_size(weights)
     whole = length - length % line
     for k in range(0, whole, line):
-        tile = dot_line(tile, rows, vectors, weights, columns_at, k)
+        tile = dot_line(tile, rows, shape, weights, columns_at, k)
     for k in range(whole, length, step_size(rows)):
-        tile = dot_step(tile, rows, vectors, weights, columns_at, k, length - k)
-    store_sums(tile, vectors, columns_at, first, pointer(out, out_at), out_stride, apart, columns)
+        tile = dot_step(tile, rows, shape, weights, columns_at, k, length - k)
+    store_sums(tile, shape, columns_at, first, pointer(out, out_at), out_stride, apart, columns)
 
 
 @compiled
-def _dot_products(a, vectors, w, w_stride, length, first, out, out_at, out_stride, apart, columns):
+def _dot_products(a, shape, w, w_stride, length, first, out, out_at, out_stride, apart, columns):
     columns_at = clamped_offsets(w_stride, columns - 1)
-    _tile(a, vectors, w, columns_at, length, first, out, out_at, out_stride, apart, columns)
+    _tile(a, shape, w, columns_at, length, first, out, out_at, out_stride, apart, columns)
 
 
 @compiled
-def _wide_dot_products(a, vectors, w, w_stride, length, first, out, out_at, out_stride, apart, columns):
+def _wide_dot_products(a, shape, w, w_stride, length, first, out, out_at, out_stride, apart, columns):
     columns_at = wide_offsets(w_stride)
-    _tile(a, vectors, w, columns_at, length, first, out, out_at, out_stride, apart, columns)
+    _tile(a, shape, w, columns_at, length, first, out, out_at, out_stride, apart, columns)
 
 
 def _packed(a):
@@ -232,26 +234,29 @@ def _packed(a):
     return np.ascontiguousarray(padded.reshape(rows, -1, step).swapaxes(0, 1))
 
 
-TILES = [*product(range(1, TILE_VECTORS + 1), range(1, TILE_COLUMNS + 1)), (1, WIDE_COLUMNS)]
+SHAPES = sorted({*WHOLE, *ONE_LAST[2:], *TWO_LAST[2:]})
+TILES = [*product(SHAPES, range(1, TILE_COLUMNS + 1)), (WHOLE[0], WIDE_COLUMNS)]
 
 
-@pytest.mark.parametrize(("vectors", "columns"), TILES)
+@pytest.mark.parametrize(("shape", "columns"), TILES)
 @pytest.mark.parametrize("apart", [1, 3])
-def test_tile_of_dot_products(rng, vectors, columns, apart):
+def test_tile_of_dot_products(rng, shape, columns, apart):
     products = _dot_products if columns <= TILE_COLUMNS else _wide_dot_products
-    rows = vectors * GROUP_ROWS
+    vectors, last = map(len, shape)
+    rows = (vectors - 1) * GROUP_ROWS + last
     for length in (1, 3, 4, 5, 3 * 16 + 2):
         # Small integers: every order of additions gives the same, exact sum.
-        a = rng.integers(-9, 10, (rows, length)).astype(np.float32)
+        a = rng.integers(-9, 10, (vectors * GROUP_ROWS, length)).astype(np.float32)
+        a[rows:] = np.nan
         w = guarded_copy(rng.integers(-9, 10, (columns, length)).astype(np.float32))
         stride = columns * apart + 2
-        out = np.full((rows, stride), 99, np.float32)
+        out = np.full((len(a), stride), 99, np.float32)
         expected = out.copy()
         packed = guarded_copy(_packed(a))
         for first, times in ((True, 1), (False, 2)):  # stored, then added to what is there
             args = (w, length, length, first, out, 1, stride, apart, columns)
-            products(packed, VECTORS[vectors - 1], *args)
-            expected[:, 1 : 1 + columns * apart : apart] = times * (a @ w.T)
+            products(packed, shape, *args)
+            expected[:rows, 1 : 1 + columns * apart : apart] = times * (a[:rows] @ w.T)
             assert_array_equal(out, expected)
 
 

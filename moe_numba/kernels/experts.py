@@ -25,7 +25,7 @@ from .plan import (
     piece,
     plan_rows,
 )
-from .projection import ROW_BLOCK, pack, tile_of, tiles_of
+from .projection import ROW_BLOCK, groups_of, pack, tile_of, tiles_of
 
 #: Output columns per piece of work are a multiple of this, itself one of the tile's columns and of LANES.
 COLUMN_BLOCK = 48
@@ -146,8 +146,7 @@ def _columns_per_piece(rows, width, threads, transposed):
         unit, most, pieces = TRANSPOSED_BLOCK, MOST_TRANSPOSED_COLUMNS, TRANSPOSED_PIECES
     if threads == 1:  # nobody waits for it: as few calls as possible (Zen 3, H = 64, F = 128, one token: 0.5 us of 21)
         pieces = 1
-    groups, _, _ = tiles_of(most_rows(rows))
-    most = min(most, ROW_BLOCK * unit // (groups * GROUP_ROWS))
+    most = min(most, ROW_BLOCK * unit // (groups_of(most_rows(rows)) * GROUP_ROWS))
     return columns_per_piece(rows, width, pieces * threads, most, unit)
 
 
@@ -231,15 +230,15 @@ def _up_projection(weights, form, products, rows, space, worker):
 def _activate(sums, sums_stride, rows, columns, column_block, weights, form, expert, column, hidden, stride):
     """`activate_row` of every row of a block; zeros fill up the last group. hidden, stride: as of `pack`'s result."""
     step, zero = step_size(hidden), splat(np.float32(0.0))
-    groups, tiles, fewest = tiles_of(rows)
-    for t in range(tiles):
-        first, vectors = tile_of(groups, tiles, fewest, t)
+    parts = tiles_of(rows)
+    for t in range(parts[1]):
+        first, vectors, height = tile_of(parts, t)
         size = vectors * GROUP_ROWS
         tile = offset(hidden, first * stride + column * size)
-        for r in range(min(size, rows - first)):
+        for r in range(height):
             row = offset(sums, (first + r) * sums_stride)
             activate_row(row, columns, column_block, weights, form, expert, column, offset(tile, r * step), size)
-        for r in range(rows - first, size):
+        for r in range(height, size):
             for i in range(0, columns, LANES):
                 store_operand(zero, tile, i * size + r * step, size, min(LANES, columns - i), pointer(weights.down, 0))
 

@@ -188,8 +188,8 @@ def max_lanes(a):
 # ---- tiles of dot products ----
 
 
-def zero_tile(vectors, columns_at):
-    return np.zeros((len(vectors), len(columns_at), LANES), np.float32)
+def zero_tile(shape, columns_at):
+    return np.zeros((len(shape[0]), len(columns_at), LANES), np.float32)
 
 
 def clamped_offsets(stride, last):
@@ -208,17 +208,17 @@ def line_size(memory):
     return 64 // memory.values.itemsize
 
 
-def dot_line(tile, a, vectors, w, columns_at, k):
+def dot_line(tile, a, shape, w, columns_at, k):
     for at in range(k, k + line_size(w), step_size(a)):
-        tile = dot_step(tile, a, vectors, w, columns_at, at, step_size(a))
+        tile = dot_step(tile, a, shape, w, columns_at, at, step_size(a))
     return tile
 
 
-def dot_step(tile, a, vectors, w, columns_at, k, n):
+def dot_step(tile, a, shape, w, columns_at, k, n):
     # Of bfloat16 activations, two neighbouring products meet in a lane.
-    step = step_size(a)
-    rows = len(vectors) * GROUP_ROWS
-    values = a.floats(k * rows, rows * step, rows * step).reshape(len(vectors), 1, GROUP_ROWS, step)
+    step, vectors = step_size(a), len(tile)
+    rows = vectors * GROUP_ROWS
+    values = a.floats(k * rows, rows * step, rows * step).reshape(vectors, 1, GROUP_ROWS, step)
     columns = np.stack([w.floats(at + k, n, step) for at in columns_at])[:, None]
     sums = tile.reshape(*tile.shape[:2], GROUP_ROWS, 4)
     for i in range(step // 4):
@@ -237,9 +237,10 @@ def row_dot_line(tile, a, w, columns_at, k):
     return sums.reshape(tile.shape)
 
 
-def store_sums(tile, vectors, columns_at, first, out, out_stride, apart, n):
+def store_sums(tile, shape, columns_at, first, out, out_stride, apart, n):
     sums = _fold(tile.reshape(*tile.shape[:2], GROUP_ROWS, 4), np.add)[:, :n]
-    for r, row in enumerate(sums.swapaxes(1, 2).reshape(-1, n)):
+    rows = (len(shape[0]) - 1) * GROUP_ROWS + len(shape[1])
+    for r, row in enumerate(sums.swapaxes(1, 2).reshape(-1, n)[:rows]):
         for j, value in enumerate(row):
             at = r * out_stride + j * apart
             out.write(at, value[None] + (np.zeros(1, np.float32) if first else out.read(at, 1)))

@@ -42,9 +42,9 @@ class _Float32Products:
     held = TILE_VECTORS
 
     @staticmethod
-    def load_rows(builder, pointer):
-        """The next 128 bits of GROUP_ROWS rows."""
-        return unaligned_load(builder, pointer)
+    def load_rows(builder, pointer, rows):
+        """The next 128 bits of so many rows, again and again: of GROUP_ROWS."""
+        return _repeated(builder, unaligned_load(builder, pointer, ir.VectorType(FLOAT, 4 * rows)), LANES)
 
     @classmethod
     def load_block(cls, builder, pointer, n):
@@ -79,8 +79,9 @@ class Bfloat16Products(_Float32Products):
     pairs = ir.VectorType(BFLOAT16, 2 * LANES)
 
     @classmethod
-    def load_rows(cls, builder, pointer):
-        return builder.bitcast(unaligned_load(builder, pointer, cls.vector, align=2), cls.pairs)
+    def load_rows(cls, builder, pointer, rows):
+        some = unaligned_load(builder, pointer, ir.VectorType(ir.IntType(16), cls.step * rows), align=2)
+        return builder.bitcast(_repeated(builder, some, 2 * LANES), cls.pairs)
 
     @classmethod
     def load_column(cls, builder, pointer, n):

@@ -5,6 +5,9 @@ So an accumulator has four partial sums of every row: lane i of a row's four add
 i + 8, ... (bfloat16: pairs of products). The four are added up at the end of a block of K, always in the same order.
 The result for one row therefore does not depend on the rows that share its tile.
 
+The last vector may hold one or two rows of four, or one of two, again and again. Then it meets as many weight rows at
+once: 128 bits of each, in the places of the rows that are not there.
+
 Packed activations: a tile of R rows holds value k of row r at (k // B * R + r) * B + k % B, with B = `step_size`
 values in 128 bits. Behind the last value are zeros up to a multiple of B.
 """
@@ -27,6 +30,7 @@ from .vector import (
     FLOAT,
     INT32,
     INT64,
+    VECTOR,
     ZEROS,
     Floats,
     Vec,
@@ -41,22 +45,43 @@ from .vector import (
 
 #: Activation rows of the largest tile.
 TILE_ROWS = TILE_VECTORS * GROUP_ROWS
-#: What stands for the number of vectors of a tile where it decides what is compiled: a tuple of as many entries. Those
-#: that would not fit into the registers are never used, and not compiled.
-VECTORS = tuple(tuple(range(min(vectors, TILE_VECTORS))) for vectors in range(1, 5))
+
+
+def _shapes(last):
+    """Shapes of tiles with 1, 2, 3 and 4 vectors of activations, the last of which has `last` rows.
+
+    They stand for these numbers where they decide what is compiled: two tuples of as many entries. What would not fit
+    into the registers is never used, and not compiled.
+    """
+    rows = tuple(range(min(last, GROUP_ROWS)))
+    return tuple((tuple(range(min(vectors, TILE_VECTORS))), rows) for vectors in range(1, 5))
+
+
+#: Of tiles whose last vector has one row, two rows, or all of GROUP_ROWS.
+ONE_LAST, TWO_LAST, WHOLE = (_shapes(last) for last in (1, 2, GROUP_ROWS))
 #: Vectors of a tile with a single activation row (`row_dot_line`).
 ROW_VECTORS = ROW_COLUMNS // GROUP_ROWS
 
 
+def _layout(shape):
+    """Vectors of a tile that are whole, rows of one that is not, and weight rows that this one meets at once."""
+    vectors, last = (part.count for part in shape)
+    return vectors - (last < GROUP_ROWS), last, GROUP_ROWS // last
+
+
 @intrinsic
-def zero_tile(typing, vectors, columns_at):
-    """A tile of zeros with as many vectors of activations and weight rows as the tuples have entries."""
-    tile = types.UniTuple(Vec, vectors.count * columns_at.count)
+def zero_tile(typing, shape, columns_at):
+    """A tile of zeros with as many weight rows as the tuple `columns_at` has entries: those of the first vector of
+    activations, of the second, ..., and of one that is not whole, as many at once as it meets.
+    """
+    whole, _, at_once = _layout(shape)
+    columns = columns_at.count
+    tile = types.UniTuple(Vec, whole * columns + (-(-columns // at_once) if at_once > 1 else 0))
 
     def generate(context, builder, signature, args):
         return context.make_tuple(builder, tile, [ZEROS] * tile.count)
 
-    return tile(vectors, columns_at), generate
+    return tile(shape, columns_at), generate
 
 
 def clamped(builder, stride, last, count):
@@ -125,35 +150,53 @@ def prefetch_rows(typing, memory, at, stride, rows):
     return types.void(memory, types.int64, types.int64, types.int64), generate
 
 
+def _beside(builder, columns, rows):
+    """What a vector of `rows` rows meets at once: the first in as many places of GROUP_ROWS, the second in the next."""
+    kind = columns[0].type
+    first, *others = (builder.bitcast(column, VECTOR) for column in columns)
+    for j, column in enumerate(others, 1):
+        lanes = [lane + LANES * (lane // (4 * rows) == j) for lane in range(LANES)]
+        first = builder.shuffle_vector(first, column, ir.Constant(ir.VectorType(INT32, LANES), lanes))
+    return builder.bitcast(first, kind)
+
+
 def _dot_steps(products, steps, builder, signature, args, n):
     """Multiply `steps` steps of all activation rows with as many of every weight row."""
     tile, a, _, w, columns_at, k = args[:6]
-    tile_type, _, vectors_type, _, columns_type = signature.args[:5]
-    sums, vectors = unpack(builder, tile, tile_type.count), range(vectors_type.count)
-    size = vectors_type.count * GROUP_ROWS
+    tile_type, _, shape, _, columns_type = signature.args[:5]
+    columns, vectors = columns_type.count, range(len(shape[0]))
+    whole, last, at_once = _layout(shape)
+    sums = unpack(builder, tile, tile_type.count)
+    size = len(vectors) * GROUP_ROWS
     a = builder.gep(a, [builder.mul(k, INT64(size))])
-    rows = [builder.gep(builder.gep(w, [at]), [k]) for at in unpack(builder, columns_at, columns_type.count)]
+    rows = [builder.gep(builder.gep(w, [at]), [k]) for at in unpack(builder, columns_at, columns)]
     for at in range(0, steps * products.step, products.step):
 
         def activations(i, at=at):
-            return products.load_rows(builder, builder.gep(a, [INT64(at * size + i * GROUP_ROWS * products.step)]))
+            place = builder.gep(a, [INT64(at * size + i * GROUP_ROWS * products.step)])
+            return products.load_rows(builder, place, GROUP_ROWS if i < whole else last)
 
         held = [activations(i) for i in vectors[: products.held]]
+        waiting = []
         for j, row in enumerate(rows):
             column = products.load_column(builder, builder.gep(row, [INT64(at)]), n)
             operands = held + [activations(i) for i in vectors[products.held :]]
-            entries = range(j, tile_type.count, columns_type.count)
-            added = [products.accumulate(builder, v, column, sums[i]) for v, i in zip(operands, entries, strict=True)]
-            for i, total in zip(entries, finished(builder, added), strict=True):
+            terms = [(i * columns + j, operands[i], column) for i in range(whole)]
+            waiting.append(column)
+            if at_once > 1 and (len(waiting) == at_once or j == columns - 1):
+                terms.append((whole * columns + j // at_once, operands[whole], _beside(builder, waiting, last)))
+                waiting = []
+            added = [products.accumulate(builder, v, column, sums[i]) for i, v, column in terms]
+            for (i, _, _), total in zip(terms, finished(builder, added), strict=True):
                 sums[i] = total
     return sums
 
 
 @intrinsic
-def dot_line(typing, tile, a, vectors, w, columns_at, k):
+def dot_line(typing, tile, a, shape, w, columns_at, k):
     """Add the products of all rows in packed `a` and of all weight rows, for values k, k + 1, ... of a cache line of w.
 
-    vectors     one of VECTORS
+    shape       of the tile
     columns_at  where each weight row begins in w
     """
     products = PRODUCTS[a, w]
@@ -164,18 +207,18 @@ def dot_line(typing, tile, a, vectors, w, columns_at, k):
     def generate(context, builder, signature, args):
         return context.make_tuple(builder, tile, _dot_steps(products, steps, builder, signature, args, None))
 
-    return tile(tile, a, vectors, w, columns_at, types.int64), generate
+    return tile(tile, a, shape, w, columns_at, types.int64), generate
 
 
 @intrinsic
-def dot_step(typing, tile, a, vectors, w, columns_at, k, n):
+def dot_step(typing, tile, a, shape, w, columns_at, k, n):
     """`dot_line` of a single step, values k .. k + `step_size` - 1, of weight rows that end after n values."""
     products = PRODUCTS[a, w]
 
     def generate(context, builder, signature, args):
         return context.make_tuple(builder, tile, _dot_steps(products, 1, builder, signature, args, args[6]))
 
-    return tile(tile, a, vectors, w, columns_at, types.int64, types.int64), generate
+    return tile(tile, a, shape, w, columns_at, types.int64, types.int64), generate
 
 
 def _joined(builder, vectors):
@@ -261,8 +304,24 @@ def _add_one_by_one(builder, values, row, column_at, first):
         builder.store(builder.fadd(builder.select(first, FLOAT(0.0), old), value), place)
 
 
+def _sums_by_row(builder, entries, shape, columns):
+    """Of every row of a tile: its number, a vector for each of `_chunks`, and the lane where its sums begin in all."""
+    whole, last, at_once = _layout(shape)
+    for i in range(whole):
+        sums = [_row_sums(builder, entries[i * columns + column :][:width]) for column, width in _chunks(columns)]
+        for row in range(GROUP_ROWS):
+            yield i * GROUP_ROWS + row, sums, 4 * row
+    if at_once > 1:
+        together = _row_sums(builder, entries[whole * columns :])
+        lane = [4 * (j % at_once * last) + j // at_once for j in range(columns)]  # of the first row
+        for row in range(last):
+            lanes = [[4 * row + lane[j] for j in range(column, column + width)] for column, width in _chunks(columns)]
+            order = [ir.Constant(ir.VectorType(INT32, LANES), (some + LANES * [0])[:LANES]) for some in lanes]
+            yield whole * GROUP_ROWS + row, [builder.shuffle_vector(together, together, o) for o in order], 0
+
+
 @intrinsic
-def store_sums(typing, tile, vectors, columns_at, first, out, out_stride, apart, n):
+def store_sums(typing, tile, shape, columns_at, first, out, out_stride, apart, n):
     """out[r * out_stride + j * apart] = the finished dot product (r, j), for j < n; added to it unless `first`.
 
     All rows of the tile are written. Columns from n on must equal the last one before.
@@ -273,14 +332,9 @@ def store_sums(typing, tile, vectors, columns_at, first, out, out_stride, apart,
     def generate(context, builder, signature, args):
         tile_value, _, _, first, out, stride, apart, n = args
         entries = unpack(builder, tile_value, tile.count)
-        chunks = [
-            [_row_sums(builder, entries[i * columns + column :][:width]) for column, width in _chunks(columns)]
-            for i in range(vectors.count)
-        ]
         rows = [  # (pointer to the row, sums of the chunks, first lane there)
-            (builder.gep(out, [builder.mul(stride, INT64(i * GROUP_ROWS + row))]), chunks[i], 4 * row)
-            for i in range(vectors.count)
-            for row in range(GROUP_ROWS)
+            (builder.gep(out, [builder.mul(stride, INT64(row))]), sums, lane)
+            for row, sums, lane in _sums_by_row(builder, entries, shape, columns)
         ]
         widths = [width for _, width in _chunks(columns)]
 
@@ -358,7 +412,7 @@ def store_sums(typing, tile, vectors, columns_at, first, out, out_stride, apart,
                 write_one_by_one()
         return context.get_dummy_value()
 
-    return types.void(tile, vectors, columns_at, types.boolean, Floats, *[types.int64] * 3), generate
+    return types.void(tile, shape, columns_at, types.boolean, Floats, *[types.int64] * 3), generate
 
 
 @intrinsic
