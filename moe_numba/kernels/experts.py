@@ -111,10 +111,14 @@ def experts_forward(x, weights, form, products, indices, topk_weights, used, spa
     threads = s.scratch.shape[0]
     s.counters[:] = 0
     shares = (x.shape[1] + PACK_VALUES - 1) // PACK_VALUES
-    for item in prange(r.n_blocks * shares):
-        _pack(x, r, np.int64(item) // shares, np.int64(item) % shares * PACK_VALUES, w, s)
+    if x.shape[0] > 1:
+        for item in prange(r.n_blocks * shares):
+            _pack(x, r, np.int64(item) // shares, np.int64(item) % shares * PACK_VALUES, w, s)
+    elif r.n_blocks > 0:
+        for share in range(shares):
+            _pack(x, r, 0, share * PACK_VALUES, w, s)
     for worker in prange(threads):
-        _up_projection(w, f, p, r, s, np.int64(worker))
+        _up_projection(x.shape[0], w, f, p, r, s, np.int64(worker))
     for worker in prange(threads):
         _down_projection(w, p, r, topk_weights, used, s, y, np.int64(worker))
     return r.invalid
@@ -136,6 +140,16 @@ def _pack(x, rows, block, start, weights, space):
         stride // GROUP_ROWS,
         pointer(weights.up, 0),
     )
+
+
+@inline
+def _packed_at(tokens, group):
+    """Group where the tokens of a block whose rows begin at `group` are packed.
+
+    A single token is the same row of all its experts, and packed once. (Zen 4, cores with separate third-level caches,
+    olmoe, bfloat16: 6 us of 1,900 instead of 58, in which eight copies go from one core to the other.)
+    """
+    return group if tokens > 1 else 0
 
 
 @inline
@@ -175,7 +189,7 @@ def _length_and_height(weights, transposed):
 
 
 @helper
-def _up_projection(weights, form, products, rows, space, worker):
+def _up_projection(tokens, weights, form, products, rows, space, worker):
     """hidden[r] = act(gate(r)) * up(r), or act(up(r)), until no piece of work is left."""
     input_dim, height = _length_and_height(weights.up, products.transposed)
     projections = 2 if form.gated else 1
@@ -198,7 +212,7 @@ def _up_projection(weights, form, products, rows, space, worker):
         for p in range(projections // run):
             last = (p + 1) * run == projections
             _project(
-                pointer(space.tokens, group * space.tokens.shape[1]),
+                pointer(space.tokens, _packed_at(tokens, group) * space.tokens.shape[1]),
                 space.tokens.shape[1] // GROUP_ROWS,
                 end - first,
                 pointer(weights.up, 0),
