@@ -116,7 +116,7 @@ def experts_forward(x, weights, form, products, indices, topk_weights, used, spa
             _pack(x, r, np.int64(item) // shares, np.int64(item) % shares * PACK_VALUES, w, s)
     elif r.n_blocks > 0:
         for share in range(shares):
-            _pack(x, r, 0, share * PACK_VALUES, w, s)
+            _pack(x, r, np.int64(0), share * PACK_VALUES, w, s)
     for worker in prange(threads):
         _up_projection(x.shape[0], w, f, p, r, s, np.int64(worker))
     for worker in prange(threads):

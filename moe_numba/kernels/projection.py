@@ -312,7 +312,8 @@ def project(a, stride, rows, w, w_stride, columns, length, then, out, out_stride
                     fetch = (ahead + TILE_COLUMNS * k - at, depth, TILE_COLUMNS, again)
                 n = min(TILE_COLUMNS, columns - j)
                 v, y, columns_at = offset(w, at), offset(out, j), clamped_offsets(length, n - 1)
-                _strip(a, stride, parts, k, v, columns_at, n, depth, fetch, k == 0, y, out_stride, 1)
+                # Not a literal 1, for which Numba compiles all tiles again (2 s of a float32 layer's first call).
+                _strip(a, stride, parts, k, v, columns_at, n, depth, fetch, k == 0, y, out_stride, np.int64(1))
 
 
 @helper
@@ -356,8 +357,10 @@ def _project_few(a, w, w_stride, columns, length, then, out, out_stride):
             at = k * w_stride + j
             ahead = _after(at, j, k, w_stride, columns, length, WIDE_OUTER_COLUMNS, FEW_BLOCK, then)
             n = min(WIDE_OUTER_COLUMNS, columns - j)
-            v, y, fetch = offset(w, at), offset(out, j), (ahead - at, 0, size)
-            _outer_tile(x, GROUP_ROWS, GROUPS[0], WIDE_OUTER, v, w_stride, size, fetch, k == 0, y, out_stride, n)
+            v, y, fetch = offset(w, at), offset(out, j), (ahead - at, np.int64(0), size)
+            _outer_tile(
+                x, np.int64(GROUP_ROWS), GROUPS[0], WIDE_OUTER, v, w_stride, size, fetch, k == 0, y, out_stride, n
+            )
 
 
 @helper
@@ -379,7 +382,7 @@ def project_transposed(a, stride, rows, w, w_stride, columns, length, then, out,
             ahead = _after(at, j, k, w_stride, columns, length, OUTER_COLUMNS, block, then)
             n = min(OUTER_COLUMNS, columns - j)
             v = offset(w, at)
-            fetched = 0
+            fetched = np.int64(0)  # a literal would be one more type of tile to compile
             for t in range(parts[1]):
                 row, vectors, _ = tile_of(parts, t)
                 height = vectors * GROUP_ROWS
