@@ -357,6 +357,7 @@ def _project_few(a, w, w_stride, columns, length, then, out, out_stride):
             at = k * w_stride + j
             ahead = _after(at, j, k, w_stride, columns, length, WIDE_OUTER_COLUMNS, FEW_BLOCK, then)
             n = min(WIDE_OUTER_COLUMNS, columns - j)
+            # No literals (see `project_transposed`).
             v, y, fetch = offset(w, at), offset(out, j), (ahead - at, np.int64(0), size)
             _outer_tile(
                 x, np.int64(GROUP_ROWS), GROUPS[0], WIDE_OUTER, v, w_stride, size, fetch, k == 0, y, out_stride, n

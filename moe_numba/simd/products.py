@@ -43,7 +43,7 @@ class _Float32Products:
 
     @staticmethod
     def load_rows(builder, pointer, rows):
-        """The next 128 bits of so many rows, again and again: of GROUP_ROWS."""
+        """A vector of the next 128 bits of so many rows, GROUP_ROWS or fewer; fewer are in it again and again."""
         return _repeated(builder, unaligned_load(builder, pointer, ir.VectorType(FLOAT, 4 * rows)), LANES)
 
     @classmethod

@@ -5,8 +5,8 @@ So an accumulator has four partial sums of every row: lane i of a row's four add
 i + 8, ... (bfloat16: pairs of products). The four are added up at the end of a block of K, always in the same order.
 The result for one row therefore does not depend on the rows that share its tile.
 
-The last vector may hold one or two rows of four, or one of two, again and again. Then it meets as many weight rows at
-once: 128 bits of each, in the places of the rows that are not there.
+The last vector may have fewer rows, which it holds again and again: one of four meets 128 bits of four weight rows at
+once, two of four, or one of two, those of two. No lane computes for rows that are not there.
 
 Packed activations: a tile of R rows holds value k of row r at (k // B * R + r) * B + k % B, with B = `step_size`
 values in 128 bits. Behind the last value are zeros up to a multiple of B.
