@@ -32,7 +32,8 @@ if __name__ == "__main__":
 import numpy as np
 
 # First of our own: it makes moe_numba that of this checkout.
-from roofline import add_choices, headline, machine, store, table, time_calls
+from roofline import add_choices, headline, machine, store, table
+from timing import time_calls
 from workloads import WORKLOADS, make_inputs, make_layer
 
 import moe_numba

@@ -16,7 +16,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -26,6 +25,7 @@ sys.path.insert(0, str(ROOT))  # measure this checkout, whatever is installed
 import numba  # noqa: E402
 import numpy as np  # noqa: E402
 import peaks  # noqa: E402
+from timing import time_calls  # noqa: E402
 from workloads import WORKLOADS, make_inputs, make_layer  # noqa: E402
 
 import moe_numba  # noqa: E402
@@ -34,8 +34,6 @@ from moe_numba.simd import target  # noqa: E402
 
 DEFAULT_WORKLOADS = ("olmoe", "qwen3", "mixtral")
 TOKENS = (1, 4, 16, 64, 512, 2048)
-#: Seconds of calls in one turn, at least.
-TURN = 0.1
 #: Share of the limit above which a measurement is called wrong. Nothing is faster than the machine.
 MOST = 1.0
 
@@ -222,23 +220,6 @@ def draw(results, path):
 
 
 # ---- shared with peers.py ----
-
-
-def time_calls(function, inputs, n, turn=TURN):
-    """Median seconds of a call, over passes of n calls until `turn` seconds are over.
-
-    inputs: an endless iterator. A pass is cut short after ten turns' time, for long calls.
-    """
-    seconds = []
-    end = time.perf_counter() + turn
-    while not seconds or time.perf_counter() < end:
-        for x in itertools.islice(inputs, n):
-            start = time.perf_counter()
-            function(x)
-            seconds.append(time.perf_counter() - start)
-            if time.perf_counter() > end + 9 * turn:
-                break
-    return statistics.median(seconds)
 
 
 def add_choices(parser, workloads, tokens):

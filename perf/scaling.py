@@ -16,7 +16,8 @@ import argparse  # noqa: E402
 import itertools  # noqa: E402
 import statistics  # noqa: E402
 
-from roofline import headline, machine, table, time_calls  # noqa: E402
+from roofline import headline, machine, table  # noqa: E402
+from timing import time_calls  # noqa: E402
 from workloads import make_inputs, make_layer  # noqa: E402
 
 import moe_numba  # noqa: E402

@@ -1,6 +1,7 @@
 """perf/roofline.py and perf/peers.py: a tiny workload goes through, and what cannot be is called an error."""
 
 import importlib
+import itertools
 import json
 from pathlib import Path
 
@@ -24,7 +25,6 @@ def perf_module(monkeypatch):
 def roofline(perf_module, monkeypatch):
     """perf/roofline.py with peaks that take no time to measure."""
     module = perf_module("roofline")
-    monkeypatch.setattr(module, "TURN", 0.0)
     monkeypatch.setattr(module.peaks, "make_buffer", lambda size: None)
     monkeypatch.setattr(module.peaks, "multiply_add_rate", lambda dtype: 1e15)
     monkeypatch.setattr(module.peaks, "reading_rate", lambda buffer: 1e14)
@@ -95,6 +95,54 @@ def test_the_higher_of_two_peaks_counts(roofline, monkeypatch):
     cases = roofline.make_cases("seed", "float32", [1], cache=0)
     (row,) = roofline.measure(cases, "float32", None, rounds=2)
     assert [turn[0] for turn in row["turns"]] == [4e12, 4e12]
+
+
+@pytest.fixture
+def timing(perf_module, monkeypatch):
+    """perf/timing.py with a clock that only `function` of a test moves, and a hypervisor that only it serves."""
+    module = perf_module("timing")
+    monkeypatch.setattr(module, "now", 0.0, raising=False)
+    monkeypatch.setattr(module, "taken", 0.0, raising=False)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: module.now)
+    monkeypatch.setattr(module, "stolen", lambda: module.taken)
+    return module
+
+
+def calls_that(timing, seconds, thefts):
+    """A function that takes so many seconds and what is stolen from it, and a list of what each call took."""
+    thefts, took = iter(thefts), []
+
+    def function(x):
+        lost = next(thefts)
+        timing.taken += lost
+        timing.now += seconds + lost
+        took.append(seconds + lost)
+
+    return function, took
+
+
+def test_calls_that_were_disturbed_do_not_count(timing):
+    function, took = calls_that(timing, 1.0, [0.5, 0.25, 0.0, 9.0])
+    assert timing.time_calls(function, itertools.repeat(None), 4) == 1.0
+    assert took == [1.5, 1.25, 1.0]  # until one is left in peace
+
+
+def test_of_disturbed_calls_the_least_disturbed_count(timing):
+    function, took = calls_that(timing, 1.0, [0.5, 0.25, 0.5, 0.75, 0.0])
+    assert timing.time_calls(function, itertools.repeat(None), 4) == 1.25
+    assert len(took) == timing.MOST_RUNS
+
+
+def test_short_calls_are_looked_at_together(timing):
+    thefts = itertools.chain([0.03] * 20, itertools.repeat(0.0))
+    function, took = calls_that(timing, 0.001, thefts)
+    assert timing.time_calls(function, itertools.repeat(None), 32) == pytest.approx(0.001)
+    assert len(took) == 32  # a pass, after which the turn is over
+
+
+def test_what_was_stolen_is_never_less(perf_module):
+    timing = perf_module("timing")
+    assert 0 <= timing.stolen() <= timing.stolen()
 
 
 def test_peers_are_compared(peers, monkeypatch, tmp_path, capsys):

@@ -37,10 +37,9 @@ SMALL_BLOCK = 24 if LANES == 16 else 16
 #: Output columns of a piece of work at most, for all tokens.
 OUTPUT_COLUMNS = 384
 #: Rows times hidden columns of a piece of work at most: weight rows that follow one another are read as one stream, and
-#: a row's activation is called for as many values as it has columns (Zen 4, bfloat16, 192 columns of 128 rows instead of
-#: 48: Mixtral, T = 512, 5 % faster, olmoe and qwen3, T = 512 and 2048, up to 1 %, switch, float32, 2 %). Not compared on
-#: Intel's. A quarter of it with AVX2, where two such pieces and the packed rows would not fit into the second-level
-#: cache.
+#: an activation is called for as many values as there are columns (Zen 4, T = 512 and 2048, 192 columns of 128 rows
+#: instead of 48: olmoe, qwen3 and switch 1 to 2 % faster, Mixtral up to 2 %). Intel's are taken to be alike. A quarter
+#: of it with AVX2, where such a piece and the packed rows would not fit into the second-level cache.
 PIECE_SUMS = ROW_BLOCK * COLUMN_BLOCK * (4 if LANES == 16 else 1)
 #: The same of transposed weights (Zen 4, gpt-oss, T = 512 and 2048, with twice of it 3 to 5 % slower).
 TRANSPOSED_PIECE_SUMS = ROW_BLOCK * TRANSPOSED_BLOCK
