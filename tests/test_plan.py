@@ -6,7 +6,7 @@ from helpers import compiled
 from numpy.testing import assert_array_equal
 
 from moe_numba.kernels import amx, projection
-from moe_numba.kernels.plan import Rows, output_piece, plan_rows
+from moe_numba.kernels.plan import LINE_VALUES, Rows, output_piece, plan_rows
 from moe_numba.simd.amx import TILE
 from moe_numba.simd.target import GROUP_ROWS
 
@@ -97,19 +97,24 @@ def _output_piece(item, width, threads, most, unit):
 
 @pytest.mark.parametrize("threads", [1, 2, 7, 64])
 @pytest.mark.parametrize("width", [1, 47, 48, 49, 1000, 2048])
-def test_output_pieces_cover_every_column_once_and_become_smaller(width, threads):
+def test_output_pieces_cover_every_column_once_and_give_every_thread_the_same(width, threads):
     most, unit = 384, 48
     end, sizes = 0, []
     while end < width:
         column, columns = _output_piece(len(sizes), width, threads, most, unit)
         assert column == end
+        assert 0 < columns <= most
         sizes.append(columns)
         end += columns
     assert end == width
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[0] <= most
-    assert all(size % unit == 0 for size in sizes[:-1])
-    if width >= 2 * threads * unit > 2 * unit:
-        assert sizes[0] * threads <= width  # nobody waits for the first piece
+    batches = [sizes[i : i + threads] for i in range(0, len(sizes), threads)]
+    *equal, last = batches
+    if threads > 1:
+        assert all(batch == [batch[0]] * threads and batch[0] % unit == 0 for batch in equal)
+        assert equal == sorted(equal, reverse=True)
+        assert max(last) <= 2 * unit
+        assert sizes[0] * threads < width + threads * LINE_VALUES  # nobody waits for the first piece
+    else:
+        assert [size for (size,) in equal] == [most] * len(equal)
     for beyond in (0, 1, 100):
         assert _output_piece(len(sizes) + beyond, width, threads, most, unit) == (width, 0)

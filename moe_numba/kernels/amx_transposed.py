@@ -225,12 +225,13 @@ def _down_projection(weights, rows, topk_weights, used, space, y, worker):
     sums = pointer(space.sums, worker * space.sums.shape[1])
 
     configure(TILE, TILE)
-    next_column, next_columns = take_columns(space, output_dim, width, OUTPUT_BLOCK)
-    while next_columns > 0:
-        column, columns = next_column, next_columns
-        next_column, next_columns = take_columns(space, output_dim, width, OUTPUT_BLOCK)
+    column, columns = take_columns(space, output_dim, width, OUTPUT_BLOCK)
+    while columns > 0:
         start_sums(topk_weights, used, sums, width)
+        next_column = next_columns = 0
         for block in range(rows.n_blocks):
+            if block + 1 == rows.n_blocks:
+                next_column, next_columns = take_columns(space, output_dim, width, OUTPUT_BLOCK)
             expert, first, end = rows.blocks[block, 0], rows.blocks[block, 1], rows.blocks[block, 2]
             following, following_column = block_after(rows, block, column, next_column)
             here = expert * size + column
@@ -243,4 +244,7 @@ def _down_projection(weights, rows, topk_weights, used, space, y, worker):
             bias = bias_of(weights.down_bias, expert, column)
             add_outputs(outputs, width, rows, first, end, columns, topk_weights, bias, sums)
         write_sums(sums, width, columns, column, y)
+        if rows.n_blocks == 0:
+            next_column, next_columns = take_columns(space, output_dim, width, OUTPUT_BLOCK)
+        column, columns = next_column, next_columns
     release_tiles()

@@ -16,6 +16,9 @@ PIECES = 16
 #: 15 % faster).
 MOST_TRANSPOSED_COLUMNS, TRANSPOSED_PIECES = 1440, 4
 
+#: float32 values of a cache line, which two threads should not write.
+LINE_VALUES = 16
+
 
 class Rows(NamedTuple):
     """Rows sorted by expert, within an expert in token order: R, one for each dispatched slot that names an expert."""
@@ -55,17 +58,21 @@ def piece(rows, item, column_blocks, column_block):
 def output_piece(item, width, threads, most, unit):
     """First column and number of columns of a piece of work over `width` output columns; none are left: 0.
 
-    Each has half of a thread's share of the columns that are left, in multiples of `unit`, at most `most`: wide
-    pieces read the rows less often, narrow ones let threads end at the same time (Xeon, olmoe, float32, T = 2048,
-    second projection: 255 ms instead of 266 with pieces of 192). Guided self-scheduling: Polychronopoulos and
-    Kuck, IEEE Transactions on Computers C-36 (1987).
+    Wide pieces read the rows less often, narrow ones let threads end at the same time. So as many pieces as there are
+    threads share half of the columns that are left, each a multiple of `unit` and at most `most`, and so on; the last
+    ones, of less than two units, share all. Factoring: Hummel, Schonberg and Flynn, Communications of the ACM 35(8)
+    (1992). (Zen 4, H = 64, F = 128, T = 64 and 512: 5 and 6 % faster than with half of its share for each piece alone.)
     """
     column = columns = 0
-    for _ in range(item + 1):
+    for i in range(item + 1):
         column += columns
         left = width - column
-        share = left // (2 * threads) if threads > 1 else left
-        columns = min(left, most, max(1, (share + unit - 1) // unit) * unit)
+        if i % threads == 0:
+            if threads > 1 and left >= 2 * threads * unit:
+                columns = left // (2 * threads * unit) * unit
+            else:
+                columns = (left + threads * LINE_VALUES - 1) // (threads * LINE_VALUES) * LINE_VALUES
+        columns = min(columns, left, most)
     return column, columns
 
 
