@@ -258,12 +258,17 @@ def machine():
 
 
 def _commit():
-    """The checkout's commit, with "-dirty" if files differ from it; None where there is no git."""
-    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--exclude", "*"]
+    """The checkout's commit, with "-dirty" if files other than results differ from it; None where there is no git."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit = _git("describe", "--always", "--exclude", "*")
+        return commit + "-dirty" if _git("diff", "HEAD", "--", ":!perf/results") else commit
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(*arguments):
+    command = ["git", "-C", ROOT, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def headline(facts):

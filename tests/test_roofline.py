@@ -97,6 +97,22 @@ def test_the_higher_of_two_peaks_counts(roofline, monkeypatch):
     assert [turn[0] for turn in row["turns"]] == [4e12, 4e12]
 
 
+def test_results_do_not_change_the_commit(roofline, tmp_path, monkeypatch):
+    monkeypatch.setattr(roofline, "ROOT", tmp_path)
+    assert roofline._commit() is None
+    result, code = tmp_path / "perf" / "results" / "a.json", tmp_path / "code.py"
+    result.parent.mkdir(parents=True)
+    result.write_text("1")
+    code.write_text("1")
+    for command in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm a"):
+        roofline._git(*command.split())
+    commit = roofline._git("describe", "--always", "--exclude", "*")
+    result.write_text("2")
+    assert roofline._commit() == commit
+    code.write_text("2")
+    assert roofline._commit() == f"{commit}-dirty"
+
+
 @pytest.fixture
 def timing(perf_module, monkeypatch):
     """perf/timing.py with a clock that only `function` of a test moves, and a hypervisor that only it serves."""
