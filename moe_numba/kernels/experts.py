@@ -40,7 +40,7 @@ OUTPUT_COLUMNS = 384
 #: an activation is called for as many values as there are columns (Zen 4, T = 512 and 2048, 192 columns of 128 rows
 #: instead of 48: olmoe, qwen3 and switch 1 to 2 % faster, Mixtral up to 2 %). Intel's are taken to be alike. A quarter
 #: of it with AVX2, where such a piece and the packed rows would not fit into the second-level cache.
-PIECE_SUMS = ROW_BLOCK * COLUMN_BLOCK * (4 if LANES == 16 else 1)
+PIECE_SUMS = (512 if LANES == 16 else 128) * COLUMN_BLOCK
 #: The same of transposed weights (Zen 4, gpt-oss, T = 512 and 2048, with twice of it 3 to 5 % slower).
 TRANSPOSED_PIECE_SUMS = ROW_BLOCK * TRANSPOSED_BLOCK
 #: float32 scratch of one thread: gate and up of one piece of work, or outputs of a block of rows.
