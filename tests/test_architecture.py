@@ -41,7 +41,7 @@ LEVEL = {room: len(FLOORS) - i for i, rooms in enumerate(FLOORS) for room in roo
 
 #: Within a package of several files.
 WITHIN = {
-    "simd": ["target", "plain", "vector", "products", "tile", "outer", "amx", "math", "atomic", "calls"],
+    "simd": ["target", "plain", "vector", "products", "tile", "row", "outer", "amx", "math", "atomic", "calls"],
     "kernels": [
         *("activations", "projection", "amx_projection", "plan", "scoring", "routing"),
         *("experts", "amx", "amx_transposed"),

@@ -17,6 +17,7 @@ from moe_numba.kernels.projection import OUTER_COLUMNS, WIDE_OUTER_COLUMNS
 from moe_numba.simd import plain
 from moe_numba.simd.outer import (
     GROUPS,
+    ONE_ROW,
     OUTER,
     WIDE_OUTER,
     load_outer,
@@ -26,18 +27,16 @@ from moe_numba.simd.outer import (
     store_outer,
 )
 from moe_numba.simd.products import line_size, step_size
+from moe_numba.simd.row import row_dot_block, row_dot_line, store_row, zero_row
 from moe_numba.simd.target import GROUP_ROWS, LANES, ROW_COLUMNS, TILE_COLUMNS, WIDE_COLUMNS, has_bf16_dot
 from moe_numba.simd.tile import (
     ONE_LAST,
-    ROW_VECTORS,
     TWO_LAST,
     WHOLE,
     clamped_offsets,
     dot_line,
     dot_step,
     prefetch_rows,
-    row_dot_line,
-    store_row_sums,
     store_sums,
     wide_offsets,
     zero_tile,
@@ -232,22 +231,25 @@ def _wide_dot_products(a, w, out, length, columns, apart):
 
 def _row_products(a, w, out, length, columns, apart):
     columns_at = clamped_offsets(length, columns - 1)[:ROW_COLUMNS]
-    tile = zero_tile(WHOLE[0], columns_at[:ROW_VECTORS])
     x, v = pointer(a, 0), pointer(w, 0)
-    for k in range(0, length - length % line_size(v), line_size(v)):
-        tile = row_dot_line(tile, x, v, columns_at, k)
-    store_row_sums(tile, columns_at, out[0] == 0.0, pointer(out, 1), apart, columns)
+    sums = zero_row(x, v)
+    whole = length - length % line_size(v)
+    for k in range(0, whole, line_size(v)):
+        sums = row_dot_line(sums, x, v, columns_at, k)
+    for k in range(whole, length, step_size(v)):
+        sums = row_dot_block(sums, x, v, columns_at, k, length - k)
+    store_row(sums, columns_at, out[0] == 0.0, pointer(out, 1), apart, columns)
 
 
-def _outer_products(vectors):
+def _outer_products(rows, vectors):
     def products(a, w, out, length, columns, _):
         x, v = pointer(a, 0), pointer(w, 0)
-        tile = load_outer(GROUPS[0], vectors, out[0] == 0.0, pointer(out, 1), columns, columns)
+        tile = load_outer(rows, vectors, out[0] == 0.0, pointer(out, 1), columns, columns)
         whole = length - length % step_size(x) if columns == len(vectors) * LANES else 0
         for k in range(0, whole, step_size(x)):
-            tile = outer_run(tile, offset(x, k * GROUP_ROWS), vectors, offset(v, k * columns), columns)
+            tile = outer_run(tile, offset(x, k * len(rows)), vectors, offset(v, k * columns), columns)
         for k in range(whole, length, outer_step_size(x, v)):
-            at = k // step_size(x) * step_size(x) * GROUP_ROWS + k % step_size(x)
+            at = k // step_size(x) * step_size(x) * len(rows) + k % step_size(x)
             tile = outer_step(tile, offset(x, at), vectors, offset(v, k * columns), columns, columns, length - k)
         store_outer(tile, vectors, pointer(out, 1), columns, columns)
 
@@ -259,8 +261,9 @@ TILES = {
     **{_dot_products(shape[1]): range(1, TILE_COLUMNS + 1) for shape in (ONE_LAST, TWO_LAST, WHOLE)},
     _wide_dot_products: (WIDE_COLUMNS,),
     _row_products: range(1, ROW_COLUMNS + 1),
-    _outer_products(OUTER): (1, LANES + 3, OUTER_COLUMNS),
-    _outer_products(WIDE_OUTER): (1, LANES + 3, WIDE_OUTER_COLUMNS),
+    _outer_products(GROUPS[0], OUTER): (1, LANES + 3, OUTER_COLUMNS),
+    _outer_products(GROUPS[0], WIDE_OUTER): (1, LANES + 3, WIDE_OUTER_COLUMNS),
+    _outer_products(ONE_ROW, WIDE_OUTER): (1, LANES + 3, WIDE_OUTER_COLUMNS),
 }
 BITS = np.dtype(np.uint16)
 OPERANDS = [(np.float32, np.float32), (np.float32, BITS), *([(BITS, BITS)] if has_bf16_dot() else [])]

@@ -67,7 +67,7 @@ def test_a_column_does_not_depend_on_the_columns_beside_it(rng):
 
 @compiled
 def _tiles(rows, tiles):
-    """First row, number of vectors, and rows of every tile of a block."""
+    """First row, number of vectors, rows, and packed rows of every tile of a block."""
     parts = tiles_of(rows)
     for t in range(parts[1]):
         tiles[t] = tile_of(parts, t)
@@ -76,9 +76,10 @@ def _tiles(rows, tiles):
 
 @pytest.mark.parametrize("rows", [*range(1, 70), ROW_BLOCK])
 def test_tiles_of_a_block_are_alike_and_hold_every_row(rows):
-    tiles = np.zeros((ROW_BLOCK, 3), np.int64)
-    firsts, vectors, heights = tiles[: _tiles(rows, tiles)].T
+    tiles = np.zeros((ROW_BLOCK, 4), np.int64)
+    firsts, vectors, heights, packed = tiles[: _tiles(rows, tiles)].T
     assert_array_equal(firsts, np.append(0, np.cumsum(vectors * GROUP_ROWS))[:-1])
     assert sum(vectors * GROUP_ROWS) == _whole_groups(rows)
     assert_array_equal(heights, np.minimum(vectors * GROUP_ROWS, rows - firsts))
+    assert_array_equal(packed, vectors * GROUP_ROWS if rows > 1 else [1])
     assert 1 <= min(vectors) <= vectors[-1] == max(vectors) <= min(min(vectors) + 1, TILE_VECTORS)

@@ -256,8 +256,7 @@ def _activate(sums, sums_stride, rows, columns, column_block, weights, form, exp
     step, zero = step_size(hidden), splat(np.float32(0.0))
     parts = tiles_of(rows)
     for t in range(parts[1]):
-        first, vectors, height = tile_of(parts, t)
-        size = vectors * GROUP_ROWS
+        first, _, height, size = tile_of(parts, t)
         tile = offset(hidden, first * stride + column * size)
         for r in range(height):
             row = offset(sums, (first + r) * sums_stride)

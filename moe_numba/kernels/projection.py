@@ -12,6 +12,7 @@ import numpy as np
 from .._jit import helper, inline
 from ..simd.outer import (
     GROUPS,
+    ONE_ROW,
     OUTER,
     WIDE_OUTER,
     load_outer,
@@ -21,10 +22,10 @@ from ..simd.outer import (
     store_outer,
 )
 from ..simd.products import line_size, step_size
+from ..simd.row import row_dot_block, row_dot_line, store_row, zero_row
 from ..simd.target import GROUP_ROWS, LANES, OUTER_GROUPS, ROW_COLUMNS, TILE_VECTORS, WIDE_COLUMNS, ZEN4
 from ..simd.tile import (
     ONE_LAST,
-    ROW_VECTORS,
     TILE_COLUMNS,
     TWO_LAST,
     WHOLE,
@@ -32,8 +33,6 @@ from ..simd.tile import (
     dot_line,
     dot_step,
     prefetch_rows,
-    row_dot_line,
-    store_row_sums,
     store_sums,
     wide_offsets,
     zero_tile,
@@ -104,18 +103,22 @@ def tiles_of(rows):
 
 @inline
 def tile_of(parts, t):
-    """First row of tile t of a block, its vectors, and its rows. parts: of the block, as `tiles_of` gives them."""
+    """First row of tile t of a block, its vectors, its rows, and rows of it as it is packed: whole groups, or one.
+
+    parts: of the block, as `tiles_of` gives them.
+    """
     rows, _, fewest, smaller = parts
     first = (t * fewest + max(0, t - smaller)) * GROUP_ROWS
     vectors = fewest + (1 if t >= smaller else 0)
-    return first, vectors, min(vectors * GROUP_ROWS, rows - first)
+    size = 1 if rows == 1 else vectors * GROUP_ROWS
+    return first, vectors, min(size, rows - first), size
 
 
 @helper
 def pack(x, width, row_ids, rows, start, end, packed, stride, w):
     """Values start <= k < end of `rows` activation rows, as `project` reads them beside weights like those at `w`.
 
-    Zeros fill up the last group.
+    Zeros fill up the last group, but of a single row.
 
     x        row i begins at x[i * width]
     row_ids  (rows,) int64 row of `x` for each of the block's
@@ -125,8 +128,7 @@ def pack(x, width, row_ids, rows, start, end, packed, stride, w):
     step, zero = step_size(packed), splat(np.float32(0.0))
     parts = tiles_of(rows)
     for t in range(parts[1]):
-        first, vectors, height = tile_of(parts, t)
-        size = vectors * GROUP_ROWS
+        first, _, height, size = tile_of(parts, t)
         tile = offset(packed, first * stride)
         for k in range(start, end, LANES):
             n = min(LANES, width - k)
@@ -176,7 +178,7 @@ def _strip(a, stride, parts, k, w, columns_at, n, size, fetch, first, out, out_s
         if tiles > 1 and fetched > 0:  # a division takes as long as a sixth of a small layer's tile
             share, fetch_end = t * fetched // tiles, (t + 1) * fetched // tiles
         ahead = (place + share * fetch_stride, fetch_stride, fetch_end - share, again)
-        row, vectors, height = tile_of(parts, t)
+        row, vectors, height, _ = tile_of(parts, t)
         # Rows that are not there cost nothing in a last group of one or two (Zen 4, 13 and 14 rows: 17 and 12 % faster;
         # Mixtral, T = 64 and 512: 5 and 1 to 2 %; qwen3, T = 512: 2 %). A tile of one or two vectors waits for loading
         # weights and has no use for it (5 and 6 rows: 1 and 12 % slower). With AVX2 an odd number is 3 to 5 % faster.
@@ -227,25 +229,32 @@ def _project_streams(a, stride, parts, w, columns, length, block, out, out_strid
 
 @helper
 def _project_row(a, w, columns, length, block, out):
-    """`project` of a single row, by weights that are widened, in ROW_COLUMNS streams with half as many instructions, or
-    by short ones (Zen 4, H = 64, F = 128, one token: experts 7.0 us instead of 7.9, a forward 13.1 instead of 14.0).
+    """`project` of a single row, by weight rows in ROW_COLUMNS streams.
+
+    Half as many instructions as a tile has let the processor look far enough ahead. Then Zen 4 reads as fast as it can
+    without requests (olmoe and qwen3, T = 1 and 4: 5 to 7 % faster than tiles with their requests; with requests in
+    here the same or slower). Others have those of `_project_streams`, because nobody compared it there.
     """
     apart = (columns + ROW_COLUMNS - 1) // ROW_COLUMNS
     w_stride = apart * length
     line = line_size(w)
     soon, ahead = REPEAT_LINES * line, w_stride + SKEW_LINES * line
-    fetched = ROW_COLUMNS if length >= FETCH_LINES * line else 0
+    fetched = 0 if ZEN4 or length < FETCH_LINES * line else ROW_COLUMNS
     for j in range(apart):
         n = min(ROW_COLUMNS, (columns - j + apart - 1) // apart)
         columns_at = clamped_offsets(w_stride, n - 1)[:ROW_COLUMNS]
         for start in range(0, length, block):
-            x, v = offset(a, start * GROUP_ROWS), offset(w, j * length + start)
-            tile = zero_tile(WHOLE[0], columns_at[:ROW_VECTORS])
-            for k in range(0, min(block, length - start), line):
+            size = min(block, length - start)
+            x, v = offset(a, start), offset(w, j * length + start)
+            sums = zero_row(x, v)
+            whole = size - size % line
+            for k in range(0, whole, line):
                 prefetch_rows(v, soon + k, ahead, fetched)
                 prefetch_rows(v, 2 * soon + k, ahead, fetched)
-                tile = row_dot_line(tile, x, v, columns_at, k)
-            store_row_sums(tile, columns_at, start == 0, offset(out, j), apart, n)
+                sums = row_dot_line(sums, x, v, columns_at, k)
+            for k in range(whole, size, step_size(w)):
+                sums = row_dot_block(sums, x, v, columns_at, k, size - k)
+            store_row(sums, columns_at, start == 0, offset(out, j), apart, n)
 
 
 @helper
@@ -265,8 +274,8 @@ def _project_short(a, w, columns, length, out, out_stride):
 def project(a, stride, rows, w, w_stride, columns, length, then, out, out_stride):
     """out[r, j] = row r of a . w[j] for r < rows (at most ROW_BLOCK) and j < columns.
 
-    Rows meet TILE_COLUMNS weight rows at a time, or more, a block of K after the other, while the next weight rows are
-    fetched. Which ones these are, adjacent or far apart, depends on the number of rows; a row's values do not.
+    Rows meet some weight rows at a time, a block of K after the other, while the next are fetched. How many, and which
+    ones, adjacent or far apart, depends on the number of rows; a row's values do not.
 
     All but the integers are pointers:
 
@@ -280,8 +289,7 @@ def project(a, stride, rows, w, w_stride, columns, length, then, out, out_stride
     """
     line, block = line_size(w), BLOCK_STEPS * step_size(a)
     short, long = length < FETCH_LINES * line, length >= STREAM_LINES * line
-    widened = line > 4 * step_size(a)  # bfloat16 without a dot product of its own
-    if rows == 1 and length % line == 0 and (short or (widened and long)):
+    if rows == 1:
         _project_row(a, w, columns, length, block, out)
         return
     if rows <= GROUP_ROWS and short:
@@ -319,23 +327,23 @@ def project(a, stride, rows, w, w_stride, columns, length, then, out, out_stride
 
 
 @helper
-def _outer_tile(a, rows, groups, vectors, w, w_stride, length, fetch, first, out, out_stride, n):
+def _outer_tile(a, packed, rows, vectors, w, w_stride, length, fetch, first, out, out_stride, n):
     """One tile over one block of K: out = its sums if `first`, else out += them.
 
-    rows   of the packed tile that its `groups` are a part of
-    fetch  (place, start, end). Meanwhile asks for as many columns of the weights at w[place], for start <= k < end
+    packed  rows of the packed tile that its `rows` are a part of
+    fetch   (place, start, end). Meanwhile asks for as many columns of the weights at w[place], for start <= k < end
     """
     place, start, end = fetch
-    tile = load_outer(groups, vectors, first, out, out_stride, n)
+    tile = load_outer(rows, vectors, first, out, out_stride, n)
     run, step, width = step_size(a), outer_step_size(a, w), len(vectors) * LANES
     whole = length - length % run if n == width else 0
     for k in range(0, whole, run):
-        tile = outer_run(tile, offset(a, k * rows), vectors, offset(w, k * w_stride), w_stride)
+        tile = outer_run(tile, offset(a, k * packed), vectors, offset(w, k * w_stride), w_stride)
         if start <= k < end:
             for at in range(0, width, line_size(w)):
                 prefetch_rows(w, place + k * w_stride + at, w_stride, run)
     for k in range(whole, length, step):
-        x = offset(a, k // run * run * rows + k % run)
+        x = offset(a, k // run * run * packed + k % run)
         tile = outer_step(tile, x, vectors, offset(w, k * w_stride), w_stride, n, length - k)
     store_outer(tile, vectors, out, out_stride, n)
 
@@ -351,19 +359,21 @@ def _after(at, j, k, w_stride, columns, length, width, block, then):
 
 
 @helper
-def _project_few(a, w, w_stride, columns, length, then, out, out_stride):
-    """`project_transposed` of a single group of rows."""
+def _project_few(a, rows, w, w_stride, columns, length, then, out, out_stride):
+    """`project_transposed` of a single group of rows, or of a single one."""
+    height = tile_of(tiles_of(rows), 0)[3]
     for k in range(0, length, FEW_BLOCK):
-        size, x = min(FEW_BLOCK, length - k), offset(a, k * GROUP_ROWS)
+        size, x = min(FEW_BLOCK, length - k), offset(a, k * height)
         for j in range(0, columns, WIDE_OUTER_COLUMNS):
             at = k * w_stride + j
             ahead = _after(at, j, k, w_stride, columns, length, WIDE_OUTER_COLUMNS, FEW_BLOCK, then)
             n = min(WIDE_OUTER_COLUMNS, columns - j)
             # No literals (see `project_transposed`).
             v, y, fetch = offset(w, at), offset(out, j), (ahead - at, np.int64(0), size)
-            _outer_tile(
-                x, np.int64(GROUP_ROWS), GROUPS[0], WIDE_OUTER, v, w_stride, size, fetch, k == 0, y, out_stride, n
-            )
+            if rows == 1:
+                _outer_tile(x, height, ONE_ROW, WIDE_OUTER, v, w_stride, size, fetch, k == 0, y, out_stride, n)
+            else:
+                _outer_tile(x, height, GROUPS[0], WIDE_OUTER, v, w_stride, size, fetch, k == 0, y, out_stride, n)
 
 
 @helper
@@ -373,7 +383,7 @@ def project_transposed(a, stride, rows, w, w_stride, columns, length, then, out,
     As `project`, but row k of the weights begins at w[k * w_stride], and its columns lie side by side.
     """
     if rows <= GROUP_ROWS:
-        _project_few(a, w, w_stride, columns, length, then, out, out_stride)
+        _project_few(a, rows, w, w_stride, columns, length, then, out, out_stride)
         return
     parts = tiles_of(rows)
     run = step_size(a)
@@ -387,8 +397,7 @@ def project_transposed(a, stride, rows, w, w_stride, columns, length, then, out,
             v = offset(w, at)
             fetched = np.int64(0)  # a literal would be one more type of tile to compile
             for t in range(parts[1]):
-                row, vectors, _ = tile_of(parts, t)
-                height = vectors * GROUP_ROWS
+                row, vectors, _, height = tile_of(parts, t)
                 for group in range(0, vectors, OUTER_GROUPS):
                     count, first = min(OUTER_GROUPS, vectors - group), row + group * GROUP_ROWS
                     x = offset(a, row * stride + k * height + group * GROUP_ROWS * run)

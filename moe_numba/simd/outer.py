@@ -1,7 +1,7 @@
 """Tiles of outer products: weights stored [in, out], whose columns lie side by side.
 
-A tile has some groups of GROUP_ROWS activation rows, packed as in tile.py, and some vectors of neighbouring columns.
-Every lane is the sum of one column in order of K, so nothing has to be added up across lanes.
+A tile has a single activation row, or some groups of GROUP_ROWS, packed as in tile.py, and some vectors of neighbouring
+columns. Every lane is the sum of one column in order of K, so nothing has to be added up across lanes.
 """
 
 from llvmlite import ir
@@ -29,8 +29,10 @@ from .vector import (
     unpack,
 )
 
-#: What stands for the number of groups of a tile, as VECTORS in tile.py: a tuple of as many entries.
-GROUPS = tuple(tuple(range(min(groups, OUTER_GROUPS))) for groups in range(1, 5))
+#: What stands for the number of a tile's rows, as shapes in tile.py: a tuple of as many entries. A single row, and
+#: groups of rows.
+ONE_ROW = (0,)
+GROUPS = tuple(tuple(range(min(groups, OUTER_GROUPS) * GROUP_ROWS)) for groups in range(1, 5))
 #: The same for its vectors: of the usual ones, and of a tile with a single group.
 OUTER, WIDE_OUTER = tuple(range(OUTER_VECTORS)), tuple(range(WIDE_OUTER_VECTORS))
 
@@ -178,23 +180,22 @@ def _places(builder, out, stride, rows):
 
 
 @intrinsic
-def load_outer(typing, groups, vectors, first, out, out_stride, n):
+def load_outer(typing, rows, vectors, first, out, out_stride, n):
     """The tile of out[i * out_stride + j] for j < n, with zeros beyond; all zeros if `first`.
 
-    groups   one of GROUPS
+    rows     ONE_ROW or one of GROUPS
     vectors  OUTER or WIDE_OUTER
     """
-    rows, per_row = groups.count * GROUP_ROWS, range(vectors.count)
-    tile = types.UniTuple(Vec, rows * vectors.count)
+    tile, per_row = types.UniTuple(Vec, rows.count * vectors.count), range(vectors.count)
 
     def generate(context, builder, signature, args):
         _, _, first, out, stride, n = args
         n = builder.select(first, INT64(0), n)
-        places = _places(builder, out, stride, rows)
+        places = _places(builder, out, stride, rows.count)
         values = [_load(builder, place, j * LANES, n, VECTOR, 4) for place in places for j in per_row]
         return context.make_tuple(builder, tile, values)
 
-    return tile(groups, vectors, types.boolean, Floats, types.int64, types.int64), generate
+    return tile(rows, vectors, types.boolean, Floats, types.int64, types.int64), generate
 
 
 @intrinsic

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from numba import config, extending
 
-from .target import GROUP_ROWS, LANES, TILE_COLUMNS, WIDE_COLUMNS
+from .target import GROUP_ROWS, LANES, ROW_COLUMNS, TILE_COLUMNS, WIDE_COLUMNS
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -226,17 +226,6 @@ def dot_step(tile, a, shape, w, columns_at, k, n):
     return sums.reshape(tile.shape)
 
 
-def row_dot_line(tile, a, w, columns_at, k):
-    step = step_size(a)
-    sums = tile.reshape(len(columns_at), 4)
-    for at in range(k, k + line_size(w), step):
-        values = a.floats(at * GROUP_ROWS, step, step)
-        columns = np.stack([w.floats(start + at, step, step) for start in columns_at])
-        for i in range(step // 4):
-            sums = fma(values[i :: step // 4], columns[:, i :: step // 4], sums)
-    return sums.reshape(tile.shape)
-
-
 def store_sums(tile, shape, columns_at, first, out, out_stride, apart, n):
     sums = _fold(tile.reshape(*tile.shape[:2], GROUP_ROWS, 4), np.add)[:, :n]
     rows = (len(shape[0]) - 1) * GROUP_ROWS + len(shape[1])
@@ -246,8 +235,31 @@ def store_sums(tile, shape, columns_at, first, out, out_stride, apart, n):
             out.write(at, value[None] + (np.zeros(1, np.float32) if first else out.read(at, 1)))
 
 
-def store_row_sums(tile, columns_at, first, out, apart, n):
-    for j, value in enumerate(_fold(tile.reshape(-1, 4), np.add)[:n]):
+# ---- a single row ----
+
+
+def zero_row(a, w):
+    return np.zeros((ROW_COLUMNS, 4), np.float32)
+
+
+def row_dot_line(sums, a, w, columns_at, k):
+    for at in range(k, k + line_size(w), step_size(w)):
+        sums = row_dot_block(sums, a, w, columns_at, at, step_size(w))
+    return sums
+
+
+def row_dot_block(sums, a, w, columns_at, k, n):
+    step = step_size(a)
+    for at in range(0, min(n, step_size(w)), step):
+        values = a.floats(k + at, n - at, step)
+        columns = np.stack([w.floats(start + k + at, n - at, step) for start in columns_at])
+        for i in range(step // 4):
+            sums = fma(values[i :: step // 4], columns[:, i :: step // 4], sums)
+    return sums
+
+
+def store_row(sums, columns_at, first, out, apart, n):
+    for j, value in enumerate(_fold(sums, np.add)[:n]):
         out.write(j * apart, value[None] + (np.zeros(1, np.float32) if first else out.read(j * apart, 1)))
 
 
@@ -273,9 +285,8 @@ def outer_step(tile, a, vectors, w, stride, n, length):
     return tile
 
 
-def load_outer(groups, vectors, first, out, out_stride, n):
-    rows = range(len(groups) * GROUP_ROWS)
-    return np.stack([out.floats(i * out_stride, 0 if first else n, len(vectors) * LANES) for i in rows])
+def load_outer(rows, vectors, first, out, out_stride, n):
+    return np.stack([out.floats(i * out_stride, 0 if first else n, len(vectors) * LANES) for i in range(len(rows))])
 
 
 def store_outer(tile, vectors, out, out_stride, n):

@@ -7,13 +7,12 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from .plain import intrinsic
-from .target import LANES, TILE_VECTORS, has_32_registers, has_bf16_dot
+from .target import GROUP_ROWS, LANES, TILE_VECTORS, has_32_registers, has_bf16_dot
 from .vector import (
     BFLOAT16,
     FLOAT,
     INT32,
     INT64,
-    VECTOR,
     Bfloats,
     Floats,
     first_lanes,
@@ -32,6 +31,15 @@ def _repeated(builder, block, count):
     return builder.shuffle_vector(block, block, ir.Constant(ir.VectorType(INT32, count), places))
 
 
+def load_block(builder, pointer, block, n):
+    """The next values of a row, as many as the vector type `block` has; with n only the first n, and zeros."""
+    is_float = block.element == FLOAT
+    if n is None:
+        return unaligned_load(builder, pointer, block, 4 if is_float else 2)
+    zeros = ir.Constant(block, [0.0 if is_float else 0] * block.count)
+    return masked_load(builder, pointer, first_lanes(builder, n, block.count), zeros)
+
+
 class _Float32Products:
     """float32 times float32, 4 values of each row."""
 
@@ -40,6 +48,8 @@ class _Float32Products:
     block = ir.VectorType(FLOAT, step)
     #: Vectors of activations that wait in registers. Those beyond are operands from memory, of every column anew.
     held = TILE_VECTORS
+    #: Weight rows that lie side by side in a register where they meet a single row (row.py).
+    beside = 1
 
     @staticmethod
     def load_rows(builder, pointer, rows):
@@ -47,22 +57,13 @@ class _Float32Products:
         return _repeated(builder, unaligned_load(builder, pointer, ir.VectorType(FLOAT, 4 * rows)), LANES)
 
     @classmethod
-    def load_block(cls, builder, pointer, n):
-        """The next `step` values of a weight row; with n only the first n, and zeros."""
-        align = 4 if cls.block.element == FLOAT else 2
-        if n is None:
-            return unaligned_load(builder, pointer, cls.block, align)
-        zeros = ir.Constant(cls.block, [0.0 if cls.block.element == FLOAT else 0] * cls.step)
-        return masked_load(builder, pointer, first_lanes(builder, n, cls.step), zeros)
-
-    @classmethod
-    def load_column(cls, builder, pointer, n):
-        """`load_block` once for each of GROUP_ROWS rows."""
-        return _repeated(builder, cls.load_block(builder, pointer, n), LANES)
+    def load_column(cls, builder, pointer, n, rows=GROUP_ROWS):
+        """The next `step` values of a weight row (`load_block`), once for each of `rows` rows."""
+        return _repeated(builder, load_block(builder, pointer, cls.block, n), cls.step * rows)
 
     @staticmethod
     def side_by_side(builder, blocks):
-        """128 bits of each of GROUP_ROWS weight rows as columns: a vector for each step that they hold."""
+        """128 bits of each of `beside` weight rows as columns: a vector for each step that they hold."""
         return [blocks]
 
     @staticmethod
@@ -84,18 +85,22 @@ class Bfloat16Products(_Float32Products):
         return builder.bitcast(_repeated(builder, some, 2 * LANES), cls.pairs)
 
     @classmethod
-    def load_column(cls, builder, pointer, n):
-        return builder.bitcast(_repeated(builder, cls.load_block(builder, pointer, n), 2 * LANES), cls.pairs)
+    def load_column(cls, builder, pointer, n, rows=GROUP_ROWS):
+        return cls._in_pairs(builder, super().load_column(builder, pointer, n, rows))
 
     @classmethod
     def side_by_side(cls, builder, blocks):
-        return [builder.bitcast(blocks, cls.pairs)]
+        return [cls._in_pairs(builder, blocks)]
 
-    @classmethod
-    def accumulate(cls, builder, rows, column, total):
-        kind = ir.FunctionType(VECTOR, [VECTOR, cls.pairs, cls.pairs])
-        dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
-        return builder.call(dot, [total, rows, column])
+    @staticmethod
+    def _in_pairs(builder, shorts):
+        return builder.bitcast(shorts, ir.VectorType(BFLOAT16, shorts.type.count))
+
+    @staticmethod
+    def accumulate(builder, rows, column, total):
+        kind = ir.FunctionType(total.type, [total.type, rows.type, column.type])
+        name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * total.type.count}"
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [total, rows, column])
 
 
 class _WidenedProducts(_Float32Products):
@@ -104,11 +109,13 @@ class _WidenedProducts(_Float32Products):
     block = ir.VectorType(ir.IntType(16), 4)
     # The zeros take one of 16 registers (Zen 3, 16 to 64 rows: 40 % faster than spilling).
     held = TILE_VECTORS if has_32_registers() else TILE_VECTORS - 1
+    # As many as fill one: half as many instructions as one by one.
+    beside = GROUP_ROWS
 
     @classmethod
-    def load_column(cls, builder, pointer, n):
+    def load_column(cls, builder, pointer, n, rows=GROUP_ROWS):
         # First repeated, then widened: the one comes with the load, the other is one instruction.
-        return cls._widened(builder, _repeated(builder, cls.load_block(builder, pointer, n), 2 * LANES), 0)
+        return cls._widened(builder, _repeated(builder, load_block(builder, pointer, cls.block, n), 8 * rows), 0)
 
     @classmethod
     def side_by_side(cls, builder, blocks):
@@ -117,9 +124,11 @@ class _WidenedProducts(_Float32Products):
     @staticmethod
     def _widened(builder, shorts, start):
         """Values start .. start + 3 of every 128 bits, as float32."""
-        order = [i for block in range(start, 2 * LANES, 8) for k in range(block, block + 4) for i in (2 * LANES, k)]
-        places = ir.Constant(ir.VectorType(INT32, 2 * LANES), order)
-        return builder.bitcast(builder.shuffle_vector(shorts, ir.Constant(shorts.type, None), places), VECTOR)
+        count = shorts.type.count
+        order = [i for block in range(start, count, 8) for k in range(block, block + 4) for i in (count, k)]
+        places = ir.Constant(ir.VectorType(INT32, count), order)
+        wide = builder.shuffle_vector(shorts, ir.Constant(shorts.type, None), places)
+        return builder.bitcast(wide, ir.VectorType(FLOAT, count // 2))
 
 
 #: By the types of pointers to activations and to weights.

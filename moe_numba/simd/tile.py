@@ -20,7 +20,6 @@ from .products import LINE_BITS, PRODUCTS
 from .target import (
     GROUP_ROWS,
     LANES,
-    ROW_COLUMNS,
     TILE_COLUMNS,
     TILE_VECTORS,
     WIDE_COLUMNS,
@@ -59,8 +58,6 @@ def _shapes(last):
 
 #: Of tiles whose last vector has one row, two rows, or all of GROUP_ROWS.
 ONE_LAST, TWO_LAST, WHOLE = (_shapes(last) for last in (1, 2, GROUP_ROWS))
-#: Vectors of a tile with a single activation row (`row_dot_line`).
-ROW_VECTORS = ROW_COLUMNS // GROUP_ROWS
 
 
 def _layout(shape):
@@ -221,60 +218,22 @@ def dot_step(typing, tile, a, shape, w, columns_at, k, n):
     return tile(tile, a, shape, w, columns_at, types.int64, types.int64), generate
 
 
-def _joined(builder, vectors):
-    """One vector with the elements of all (a power of two of them)."""
-    while len(vectors) > 1:
-        order = ir.Constant(ir.VectorType(INT32, 2 * vectors[0].type.count), list(range(2 * vectors[0].type.count)))
-        vectors = [builder.shuffle_vector(a, b, order) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
-    return vectors[0]
-
-
-@intrinsic
-def row_dot_line(typing, tile, a, w, columns_at, k):
-    """`dot_line` of a single row, packed as the first of a vector, and ROW_COLUMNS weight rows.
-
-    A vector has 128 bits of GROUP_ROWS weight rows instead, which meet the same values of the row: nothing is computed
-    for rows that are not there. tile: ROW_VECTORS vectors; lanes 4 g .. 4 g + 3 of vector v belong to weight row
-    v * GROUP_ROWS + g, and add up as any tile's.
-    """
-    products, activations = PRODUCTS[a, w], PRODUCTS[a, a]
-    bits = w.dtype.bitwidth
-    block = ir.VectorType(FLOAT if bits == 32 else ir.IntType(bits), 128 // bits)
-
-    def generate(context, builder, signature, args):
-        tile_value, a, w, columns_at, k = args
-        sums = unpack(builder, tile_value, tile.count)
-        a = builder.gep(a, [builder.mul(k, INT64(GROUP_ROWS))])
-        rows = [builder.gep(builder.gep(w, [at]), [k]) for at in unpack(builder, columns_at, ROW_COLUMNS)]
-        for at in range(0, LINE_BITS // bits, block.count):
-            places = [builder.gep(a, [INT64(i * GROUP_ROWS)]) for i in range(at, at + block.count, products.step)]
-            values = [activations.load_column(builder, place, None) for place in places]
-            blocks = [unaligned_load(builder, builder.gep(row, [INT64(at)]), block, bits // 8) for row in rows]
-            for v in range(ROW_VECTORS):
-                joined = _joined(builder, blocks[v * GROUP_ROWS :][:GROUP_ROWS])
-                for value, column in zip(values, products.side_by_side(builder, joined), strict=True):
-                    sums[v] = products.accumulate(builder, value, column, sums[v])
-            sums = finished(builder, sums)
-        return context.make_tuple(builder, tile, sums)
-
-    return tile(tile, a, w, columns_at, types.int64), generate
-
-
 #: Steps in which the four lanes of a row are added up: lane i and lane i + distance.
 _SUM_DISTANCES = (2, 1)
 
 
-def _row_sums(builder, vectors):
+def row_sums(builder, vectors):
     """One vector whose lanes are, for every row, the sums of its lanes in vectors[0], in vectors[1], ... (at most 4).
 
     Each step halves what two vectors have left and puts both in one, so four sums of each row cost 9 instructions. A
     vector's lanes meet in the same order whatever stands beside it.
     """
-    mask = ir.VectorType(INT32, LANES)
+    lanes = vectors[0].type.count
+    mask = ir.VectorType(INT32, lanes)
     for distance in _SUM_DISTANCES:
         firsts, seconds = [], []
-        for row in range(0, LANES, 4):
-            for vector in (0, LANES):  # a shuffle counts on from the first vector to the second
+        for row in range(0, lanes, 4):
+            for vector in (0, lanes):  # a shuffle counts on from the first vector to the second
                 for i in range(4):
                     (seconds if i // distance % 2 else firsts).append(vector + row + i)
         pairs = zip(vectors[::2], [*vectors[1::2], None], strict=False)
@@ -294,7 +253,7 @@ def _chunks(columns):
         first += width
 
 
-def _add_one_by_one(builder, values, row, column_at, first):
+def add_one_by_one(builder, values, row, column_at, first):
     """row[column_at[j]] += values[j]; = if `first`. Columns in the same place have the same value, added once."""
     # All are read before any is written. What lies there before the first block is read too, and thrown away:
     # cheaper than a branch.
@@ -308,11 +267,11 @@ def _sums_by_row(builder, entries, shape, columns):
     """Of every row of a tile: its number, a vector for each of `_chunks`, and the lane where its sums begin in all."""
     whole, last, at_once = _layout(shape)
     for i in range(whole):
-        sums = [_row_sums(builder, entries[i * columns + column :][:width]) for column, width in _chunks(columns)]
+        sums = [row_sums(builder, entries[i * columns + column :][:width]) for column, width in _chunks(columns)]
         for row in range(GROUP_ROWS):
             yield i * GROUP_ROWS + row, sums, 4 * row
     if at_once > 1:
-        together = _row_sums(builder, entries[whole * columns :])
+        together = row_sums(builder, entries[whole * columns :])
         lane = [4 * (j % at_once * last) + j // at_once for j in range(columns)]  # of the first row
         for row in range(last):
             lanes = [[4 * row + lane[j] for j in range(column, column + width)] for column, width in _chunks(columns)]
@@ -399,7 +358,7 @@ def store_sums(typing, tile, shape, columns_at, first, out, out_stride, apart, n
                     for chunk, width in zip(sums, widths, strict=True)
                     for i in range(width)
                 ]
-                _add_one_by_one(builder, values, row, column_at, first)
+                add_one_by_one(builder, values, row, column_at, first)
 
         # Masks cost nothing with AVX-512 only (`store_first`; Zen 3, 64 and 128 rows: 4 % faster without).
         together = builder.icmp_signed("==", apart, INT64(1))
@@ -413,18 +372,3 @@ def store_sums(typing, tile, shape, columns_at, first, out, out_stride, apart, n
         return context.get_dummy_value()
 
     return types.void(tile, shape, columns_at, types.boolean, Floats, *[types.int64] * 3), generate
-
-
-@intrinsic
-def store_row_sums(typing, tile, columns_at, first, out, apart, n):
-    """`store_sums` of `row_dot_line`'s tile: out[j * apart] of a single row."""
-
-    def generate(context, builder, signature, args):
-        tile_value, _, first, out, apart, n = args
-        sums = _row_sums(builder, unpack(builder, tile_value, ROW_VECTORS))
-        lanes = [4 * g + v for v in range(ROW_VECTORS) for g in range(GROUP_ROWS)]
-        values = [builder.extract_element(sums, INT32(lane)) for lane in lanes]
-        _add_one_by_one(builder, values, out, clamped(builder, apart, builder.sub(n, INT64(1)), ROW_COLUMNS), first)
-        return context.get_dummy_value()
-
-    return types.void(tile, columns_at, types.boolean, Floats, types.int64, types.int64), generate

@@ -1,6 +1,6 @@
 """One vector register as a Numba type.
 
-`Vec` holds LANES float32 values and is what LLVM calls `<LANES x float>`.
+`Vec` holds LANES float32 values and is what LLVM calls `<LANES x float>`. (A VecType of fewer is part of a register.)
 
 Memory is addressed through `pointer(array, start)`, element `at` of which is
 `array.flat[start + at]` of a C-contiguous array of any rank. A pointer and not the array,
@@ -40,10 +40,11 @@ BFLOAT16 = _Bfloat16()
 
 
 class VecType(types.Type):
-    """Numba type of a vector of LANES float32 values."""
+    """Numba type of a vector of float32 values."""
 
-    def __init__(self):
-        super().__init__(name=f"Vec(float32 x {LANES})")
+    def __init__(self, lanes=LANES):
+        self.lanes = lanes
+        super().__init__(name=f"Vec(float32 x {lanes})")
 
 
 Vec = VecType()
@@ -52,7 +53,7 @@ Vec = VecType()
 @register_model(VecType)
 class _VecModel(models.PrimitiveModel):
     def __init__(self, dmm, fe_type):
-        super().__init__(dmm, fe_type, VECTOR)
+        super().__init__(dmm, fe_type, ir.VectorType(FLOAT, fe_type.lanes))
 
 
 # ---- pieces of IR, shared with tile.py and outer.py ----
@@ -128,9 +129,8 @@ def store_first(builder, value, pointer, n):
 
 
 def fma_ir(builder, a, b, c):
-    function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(VECTOR, [VECTOR] * 3), f"llvm.fma.v{LANES}f32"
-    )
+    kind = ir.FunctionType(c.type, [c.type] * 3)
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.{_suffix(c.type)}")
     return builder.call(function, [a, b, c])
 
 
@@ -143,9 +143,10 @@ def finished(builder, sums):
     """
     if register_constraint() is None:
         return sums
-    every = ir.LiteralStructType([VECTOR] * len(sums)) if len(sums) > 1 else VECTOR
+    kinds = [value.type for value in sums]
+    every = ir.LiteralStructType(kinds) if len(sums) > 1 else kinds[0]
     names = [f"={register_constraint()}"] * len(sums) + [str(i) for i in range(len(sums))] + ["~{memory}"]
-    result = builder.asm(ir.FunctionType(every, [VECTOR] * len(sums)), "", ",".join(names), sums, side_effect=True)
+    result = builder.asm(ir.FunctionType(every, kinds), "", ",".join(names), sums, side_effect=True)
     return unpack(builder, result, len(sums)) if len(sums) > 1 else [result]
 
 
@@ -379,7 +380,7 @@ last_in_turn = _lanewise("last_in_turn", 2, _in_turn(LANES // 2), "the last halv
 def _operator(symbol, function):
     @overload(symbol, inline="never")
     def _(a, b):
-        if isinstance(a, VecType) and isinstance(b, VecType):
+        if a == b == Vec:
             return lambda a, b: function(a, b)
 
 
