@@ -144,8 +144,8 @@ class _CompileNotice(event.Listener):
     """Says on a terminal, once, that kernels are being compiled."""
 
     def on_start(self, event_):
-        function = event_.data["dispatcher"].py_func
-        if function.__module__.startswith(__package__ + "."):
+        module = event_.data["dispatcher"].py_func.__module__  # None of a function made by `exec`
+        if module is not None and module.startswith(__package__ + "."):
             event.unregister("numba:compile", self)
             if sys.stderr is not None and sys.stderr.isatty():
                 print(

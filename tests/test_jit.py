@@ -158,3 +158,15 @@ def test_kernels_keep_their_names_and_documentation():
         for twin in (kernel.serial, kernel.parallel):
             assert twin.targetoptions["nogil"] is True
             assert twin.targetoptions["fastmath"] is False
+
+
+def test_other_functions_compile_beside_the_package_whatever_their_module():
+    """One made by `exec` has none; whoever tells the user of compilations is told of this one, too."""
+    code = """
+import numba, moe_numba
+made = {}
+exec("def double(x): return 2 * x", {"__builtins__": {}}, made)
+assert made["double"].__module__ is None
+print(numba.njit(made["double"])(21))
+"""
+    assert run_python(code)[0] == "42\n"
