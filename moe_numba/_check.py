@@ -94,6 +94,8 @@ def float_dtype(name, value):
 
 def array(name, value, rule="an array, or nested lists of equal lengths"):
     """`value` as a NumPy array; lists of integers become float32."""
+    if type(value) is np.ndarray:
+        return value
     if isinstance(value, np.ndarray) and not isinstance(value, (np.ma.MaskedArray, np.matrix)):
         return value
     result = _as_array(name, value, rule)

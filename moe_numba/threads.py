@@ -14,6 +14,7 @@ Four things end, or stop, a process that runs Numba's parallel kernels, and a ca
 import os
 import re
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import numba
@@ -109,9 +110,12 @@ def _count():
 
 def threading_layer() -> str:
     """Numba's layer, "none" in a forked process."""
-    if not _may_start_threads():
-        return "none"
-    _count()  # chooses it, the first time
+    return _layer() if _may_start_threads() else "none"
+
+
+@lru_cache  # with cold caches 5 us of a call that reads 100 MB of weights
+def _layer():
+    _count()  # chooses it
     return numba.threading_layer()
 
 
@@ -124,7 +128,7 @@ def threads_for(multiply_adds) -> int:
     if multiply_adds < SERIAL_BELOW or not _may_start_threads():
         return 1
     # Frames rather than threading.enumerate(): threads made in C, as Numba's are, have one while they run Python.
-    if threading_layer() == "workqueue" and len(sys._current_frames()) > 1:
+    if _layer() == "workqueue" and len(sys._current_frames()) > 1:
         return 1
     return _count()
 
