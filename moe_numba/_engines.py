@@ -66,7 +66,8 @@ def _plan_shape(s, row_block):
 
 def _vector_shapes(operand):
     def shapes(s):
-        columns = _output_columns(s, experts.OUTPUT_COLUMNS, experts.TRANSPOSED_BLOCK)
+        most = experts.FEW_OUTPUT_COLUMNS if s.tokens <= experts.FEW_TOKENS else experts.OUTPUT_COLUMNS
+        columns = _output_columns(s, most, experts.TRANSPOSED_BLOCK)
         line = CACHE_LINE // np.dtype(operand).itemsize
         packed = (GROUP_ROWS * line * -(-width // line) for width in (s.input_dim, s.hidden_dim))
         return [

@@ -13,14 +13,15 @@ from numba import config
 from numba.core import types
 from numpy.testing import assert_array_equal
 
-from moe_numba.kernels.projection import OUTER_COLUMNS, WIDE_OUTER_COLUMNS
+from moe_numba.kernels.projection import OUTER_COLUMNS
 from moe_numba.simd import plain
 from moe_numba.simd.outer import (
     GROUPS,
     ONE_ROW,
     OUTER,
-    WIDE_OUTER,
+    line_vectors,
     load_outer,
+    outer_block,
     outer_run,
     outer_step,
     outer_step_size,
@@ -28,7 +29,7 @@ from moe_numba.simd.outer import (
 )
 from moe_numba.simd.products import line_size, step_size
 from moe_numba.simd.row import row_dot_block, row_dot_line, store_row, zero_row
-from moe_numba.simd.target import GROUP_ROWS, LANES, ROW_COLUMNS, TILE_COLUMNS, WIDE_COLUMNS, has_bf16_dot
+from moe_numba.simd.target import GROUP_ROWS, LANES, OUTER_ROWS, ROW_COLUMNS, TILE_COLUMNS, WIDE_COLUMNS, has_bf16_dot
 from moe_numba.simd.tile import (
     ONE_LAST,
     TWO_LAST,
@@ -256,14 +257,31 @@ def _outer_products(rows, vectors):
     return products
 
 
+def _line_outer_products(rows):
+    def products(a, w, out, length, columns, _):
+        x, v = pointer(a, 0), pointer(w, 0)
+        vectors = line_vectors(v)
+        columns = min(columns, len(vectors) * LANES)
+        tile = load_outer(rows, vectors, out[0] == 0.0, pointer(out, 1), columns, columns)
+        whole = length - length % OUTER_ROWS if columns == len(vectors) * LANES else 0
+        for k in range(0, whole, OUTER_ROWS):
+            tile = outer_block(tile, offset(x, k * len(rows)), vectors, offset(v, k * columns), columns)
+        for k in range(whole, length, outer_step_size(x, v)):
+            at = k // step_size(x) * step_size(x) * len(rows) + k % step_size(x)
+            tile = outer_step(tile, offset(x, at), vectors, offset(v, k * columns), columns, columns, length - k)
+        store_outer(tile, vectors, pointer(out, 1), columns, columns)
+
+    return products
+
+
 #: Columns of each kind of tile.
 TILES = {
     **{_dot_products(shape[1]): range(1, TILE_COLUMNS + 1) for shape in (ONE_LAST, TWO_LAST, WHOLE)},
     _wide_dot_products: (WIDE_COLUMNS,),
     _row_products: range(1, ROW_COLUMNS + 1),
     _outer_products(GROUPS[0], OUTER): (1, LANES + 3, OUTER_COLUMNS),
-    _outer_products(GROUPS[0], WIDE_OUTER): (1, LANES + 3, WIDE_OUTER_COLUMNS),
-    _outer_products(ONE_ROW, WIDE_OUTER): (1, LANES + 3, WIDE_OUTER_COLUMNS),
+    _line_outer_products(GROUPS[0]): (1, 11, 16, 32),
+    _line_outer_products(ONE_ROW): (1, 11, 16, 32),
 }
 BITS = np.dtype(np.uint16)
 OPERANDS = [(np.float32, np.float32), (np.float32, BITS), *([(BITS, BITS)] if has_bf16_dot() else [])]

@@ -59,6 +59,8 @@ def _rounded(width, unit):
     "sizes",
     [
         (7, 14, 4, 33, 65, 1),
+        (64, 128, 8, 3000, 96, 2),
+        (65, 130, 8, 3000, 96, 2),
         (100, 800, 64, 160, 96, 2),
         (150, 300, 8, 2048, 96, 1),
         (2000, 16000, 64, 2048, 1024, 2),
@@ -77,7 +79,7 @@ def test_engines_need_what_the_documentation_says(sizes):
         return size - (16 * sizes.rows + 40 * sizes.num_experts + 32 * (sizes.rows // row_block))
 
     row_groups = min(sizes.num_experts, sizes.rows) + sizes.rows // GROUP_ROWS
-    sums = min(384, _rounded(columns, 96))
+    sums = min(768 if sizes.tokens <= 64 else 384, _rounded(columns, 96))
     for engine, item in ((VECTORS, 4), (VECTORS_BFLOAT16, 2)):
         widths = sum(_rounded(width, CACHE_LINE // item) for width in (sizes.input_dim, sizes.hidden_dim))
         expected = item * GROUP_ROWS * row_groups * widths + sizes.threads * 4 * (sizes.tokens * sums + 49152)

@@ -34,8 +34,9 @@ TRANSPOSED_BLOCK = 2 * COLUMN_BLOCK
 #: The same of outputs too few for two such pieces per thread (Zen 3, H = 64, F = 128, 64 tokens, 2 threads: experts 11
 #: to 14 % faster, with 32 columns 2 %; for all widths this took olmoe with 16 tokens 18 % longer).
 SMALL_BLOCK = 24 if LANES == 16 else 16
-#: Output columns of a piece of work at most, for all tokens.
-OUTPUT_COLUMNS = 384
+#: Output columns of a piece of work at most, for all tokens; and for as few as scratch holds the outputs of (weights
+#: stored [in, out] are read as far as a piece is wide: Zen 4, gpt-oss, one token, float32 a sixth faster).
+OUTPUT_COLUMNS, FEW_OUTPUT_COLUMNS = 384, 768
 #: Rows times hidden columns of a piece of work at most: weight rows that follow one another are read as one stream, and
 #: an activation is called for as many values as there are columns (Zen 4, T = 512 and 2048, 192 columns of 128 rows
 #: instead of 48: olmoe, qwen3 and switch 1 to 2 % faster, Mixtral up to 2 %). Intel's are taken to be alike. A quarter
@@ -45,6 +46,8 @@ PIECE_SUMS = (512 if LANES == 16 else 128) * COLUMN_BLOCK
 TRANSPOSED_PIECE_SUMS = ROW_BLOCK * TRANSPOSED_BLOCK
 #: float32 scratch of one thread: gate and up of one piece of work, or outputs of a block of rows.
 SCRATCH_SIZE = max(2 * PIECE_SUMS, 2 * TRANSPOSED_PIECE_SUMS, ROW_BLOCK * OUTPUT_COLUMNS)
+#: Tokens for which there are FEW_OUTPUT_COLUMNS.
+FEW_TOKENS = SCRATCH_SIZE // FEW_OUTPUT_COLUMNS // GROUP_ROWS * GROUP_ROWS
 #: Values of each token that are packed in a piece of work, a multiple of LANES.
 PACK_VALUES = 512
 

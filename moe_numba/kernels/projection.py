@@ -14,8 +14,9 @@ from ..simd.outer import (
     GROUPS,
     ONE_ROW,
     OUTER,
-    WIDE_OUTER,
+    line_vectors,
     load_outer,
+    outer_block,
     outer_run,
     outer_step,
     outer_step_size,
@@ -23,7 +24,7 @@ from ..simd.outer import (
 )
 from ..simd.products import line_size, step_size
 from ..simd.row import row_dot_block, row_dot_line, store_row, zero_row
-from ..simd.target import GROUP_ROWS, LANES, OUTER_GROUPS, ROW_COLUMNS, TILE_VECTORS, WIDE_COLUMNS, ZEN4
+from ..simd.target import GROUP_ROWS, LANES, OUTER_GROUPS, OUTER_ROWS, ROW_COLUMNS, TILE_VECTORS, WIDE_COLUMNS, ZEN4
 from ..simd.tile import (
     ONE_LAST,
     TILE_COLUMNS,
@@ -77,13 +78,18 @@ REPEAT_LINES = 12 if ZEN4 else 8
 #: after the other: there the processor has to find each of them anew (Xeon, float32, T = 1 and 4: 5 and 6 % faster;
 #: Zen 4, olmoe, one core, T = 1 and 16: 4 to 10 %).
 SKEW_LINES = 6
-#: Columns of a tile of outer products, and of one with a single group of rows.
-OUTER_COLUMNS, WIDE_OUTER_COLUMNS = len(OUTER) * LANES, len(WIDE_OUTER) * LANES
+#: Columns of a tile of outer products.
+OUTER_COLUMNS = len(OUTER) * LANES
+#: Cache lines by which a stream of transposed weights is asked for in advance (Zen 4, gpt-oss, one core: 8, 12 and 16
+#: are alike).
+OUTER_AHEAD = 12
 #: Rows of transposed weights that meet all columns of a piece of work before the next, for several tiles of activations
-#: and for a single one. Each row is a stream, and sums are loaded and stored once for all of them (Zen 3, gpt-oss,
-#: float32: a single tile is 16 to 28 % faster with 16 rows than with 32, T = 512 a sixth faster with 128 than with 32;
-#: with 192 it is 5 % faster still, T = 128 6 % slower). Not compared with AVX-512, whose tiles are larger.
-OUTER_BLOCK, FEW_BLOCK = (32, 32) if LANES == 16 else (128, 16)
+#: and for a single one of more than a group. Each row is a stream, and sums are loaded and stored once for all of them
+#: (Zen 3, gpt-oss, float32: a single tile is 16 to 28 % faster with 16 rows than with 32, T = 512 a sixth faster with
+#: 128 than with 32; with 192 it is 5 % faster still, T = 128 6 % slower. Zen 4, one core, 48 and 96 rows: 16 and 18 %
+#: faster with 192 than with 32, 3 % than with 128; a single tile of bfloat16 is 10 % faster with 48 than with 32, of
+#: float32 1 %, and with 64 up to 4 % slower).
+OUTER_BLOCK, ONE_TILE_BLOCK = (192, 48) if LANES == 16 else (128, 16)
 
 
 @inline
@@ -359,21 +365,40 @@ def _after(at, j, k, w_stride, columns, length, width, block, then):
 
 
 @helper
+def _few_tile(a, rows, w, w_stride, size, place, first, out, out_stride, n):
+    """`_outer_tile` of all rows of a packed tile and of a cache line of columns, the first n of which are there.
+
+    place  of the cache line that is asked for in each of `size` rows of weights
+    """
+    vectors = line_vectors(w)
+    if size == OUTER_ROWS and n == len(vectors) * LANES:
+        tile = load_outer(rows, vectors, first, out, out_stride, n)
+        prefetch_rows(w, place, w_stride, OUTER_ROWS)
+        store_outer(outer_block(tile, a, vectors, w, w_stride), vectors, out, out_stride, n)
+    else:
+        fetch = (place, np.int64(0), size)
+        _outer_tile(a, np.int64(len(rows)), rows, vectors, w, w_stride, size, fetch, first, out, out_stride, n)
+
+
+@helper
 def _project_few(a, rows, w, w_stride, columns, length, then, out, out_stride):
-    """`project_transposed` of a single group of rows, or of a single one."""
-    height = tile_of(tiles_of(rows), 0)[3]
-    for k in range(0, length, FEW_BLOCK):
-        size, x = min(FEW_BLOCK, length - k), offset(a, k * height)
-        for j in range(0, columns, WIDE_OUTER_COLUMNS):
-            at = k * w_stride + j
-            ahead = _after(at, j, k, w_stride, columns, length, WIDE_OUTER_COLUMNS, FEW_BLOCK, then)
-            n = min(WIDE_OUTER_COLUMNS, columns - j)
-            # No literals (see `project_transposed`).
-            v, y, fetch = offset(w, at), offset(out, j), (ahead - at, np.int64(0), size)
+    """`project_transposed` of a group of rows, or of a single one, for which the time is that of reading the weights.
+
+    OUTER_ROWS rows of weights are streams along their columns, and go on with the rows behind them. Sums wait in `out`.
+    """
+    width, height = line_size(w), tile_of(tiles_of(rows), 0)[3]
+    for k in range(0, length, OUTER_ROWS):
+        size, x = min(OUTER_ROWS, length - k), offset(a, k * height)
+        behind = (k + OUTER_ROWS) * w_stride if k + OUTER_ROWS < length else then
+        for j in range(0, columns, width):
+            at, ahead = k * w_stride + j, j + OUTER_AHEAD * width
+            ahead += k * w_stride if ahead < columns else behind - columns
+            n = min(width, columns - j)
+            v, y = offset(w, at), offset(out, j)
             if rows == 1:
-                _outer_tile(x, height, ONE_ROW, WIDE_OUTER, v, w_stride, size, fetch, k == 0, y, out_stride, n)
+                _few_tile(x, ONE_ROW, v, w_stride, size, ahead - at, k == 0, y, out_stride, n)
             else:
-                _outer_tile(x, height, GROUPS[0], WIDE_OUTER, v, w_stride, size, fetch, k == 0, y, out_stride, n)
+                _few_tile(x, GROUPS[0], v, w_stride, size, ahead - at, k == 0, y, out_stride, n)
 
 
 @helper
@@ -387,7 +412,7 @@ def project_transposed(a, stride, rows, w, w_stride, columns, length, then, out,
         return
     parts = tiles_of(rows)
     run = step_size(a)
-    block = OUTER_BLOCK if parts[1] > 1 else FEW_BLOCK
+    block = OUTER_BLOCK if parts[1] > 1 else ONE_TILE_BLOCK
     for k in range(0, length, block):
         size = min(block, length - k)
         for j in range(0, columns, OUTER_COLUMNS):

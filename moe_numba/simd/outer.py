@@ -8,8 +8,8 @@ from llvmlite import ir
 from numba.core import types
 
 from .plain import intrinsic
-from .products import Bfloat16Products
-from .target import GROUP_ROWS, LANES, OUTER_GROUPS, OUTER_VECTORS, WIDE_OUTER_VECTORS
+from .products import LINE_BITS, Bfloat16Products
+from .target import GROUP_ROWS, LANES, OUTER_GROUPS, OUTER_ROWS, OUTER_VECTORS
 from .vector import (
     INT32,
     INT64,
@@ -33,8 +33,8 @@ from .vector import (
 #: groups of rows.
 ONE_ROW = (0,)
 GROUPS = tuple(tuple(range(min(groups, OUTER_GROUPS) * GROUP_ROWS)) for groups in range(1, 5))
-#: The same for its vectors: of the usual ones, and of a tile with a single group.
-OUTER, WIDE_OUTER = tuple(range(OUTER_VECTORS)), tuple(range(WIDE_OUTER_VECTORS))
+#: The same for its vectors (of a tile with a single group see `line_vectors`).
+OUTER = tuple(range(OUTER_VECTORS))
 
 
 def _load(builder, memory, i, n, vector, align):
@@ -52,13 +52,13 @@ class _Float32Outer:
 
     #: Rows of weights of one multiply-add.
     step = 1
-    #: Vectors of columns that wait in registers while they meet all rows of activations.
+    #: Vectors of columns that wait in registers while they meet all rows of activations, at most.
     held = OUTER_VECTORS
 
-    @classmethod
-    def columns(cls, builder, rows, start, n, both):
-        """`held` vectors of columns of `step` rows of weights, from `start` on; with n those before n, and zeros."""
-        return [_load(builder, rows[0], start + j * LANES, n, VECTOR, 4) for j in range(cls.held)]
+    @staticmethod
+    def columns(builder, rows, start, count, n, both):
+        """`count` vectors of columns of `step` rows of weights, from `start` on; with n those before n, and zeros."""
+        return [_load(builder, rows[0], start + j * LANES, n, VECTOR, 4) for j in range(count)]
 
     @staticmethod
     def value(builder, a):
@@ -71,10 +71,10 @@ class _Float32Outer:
 class _WidenedOuter(_Float32Outer):
     """float32 times bfloat16 without AVX512-BF16: shifted left, its bits are those of the float32."""
 
-    @classmethod
-    def columns(cls, builder, rows, start, n, both):
+    @staticmethod
+    def columns(builder, rows, start, count, n, both):
         sixteen = ir.Constant(INT_VECTOR, [16] * LANES)
-        shorts = (_load(builder, rows[0], start + j * LANES, n, SHORT_VECTOR, 2) for j in range(cls.held))
+        shorts = (_load(builder, rows[0], start + j * LANES, n, SHORT_VECTOR, 2) for j in range(count))
         return [builder.bitcast(builder.shl(builder.zext(s, INT_VECTOR), sixteen), VECTOR) for s in shorts]
 
 
@@ -85,8 +85,8 @@ class _Bfloat16Outer:
     held = 2  # pairing takes registers, too
 
     @staticmethod
-    def columns(builder, rows, start, n, both):
-        """`both`: whether the second row is there; None: it is."""
+    def columns(builder, rows, start, count, n, both):
+        """`count` is two. `both`: whether the second row is there; None: it is."""
         vector, mask = Bfloat16Products.vector, ir.VectorType(INT32, 2 * LANES)
         second_n = n if both is None else builder.select(both, n, INT64(0))
         first = _load(builder, rows[0], start, n, vector, 2)
@@ -117,6 +117,17 @@ _OUTER = {
 
 
 @intrinsic
+def line_vectors(typing, w):
+    """What stands for as many vectors of columns as a cache line of w holds (see OUTER)."""
+    vectors = types.UniTuple(types.int64, LINE_BITS // w.dtype.bitwidth // LANES)
+
+    def generate(context, builder, signature, args):
+        return context.make_tuple(builder, vectors, [INT64(i) for i in range(vectors.count)])
+
+    return vectors(w), generate
+
+
+@intrinsic
 def outer_step_size(typing, a, w):
     """Values along K that one `outer_step` of activations a and weights w takes."""
     step = _OUTER[a, w].step
@@ -133,12 +144,13 @@ def _outer_steps(context, builder, signature, args, size, n=None, both=None):
     tile_type, a_type, vectors, w_type = signature.args[:4]
     outer, run = _OUTER[a_type, w_type], 128 // a_type.dtype.bitwidth
     sums, vectors = unpack(builder, tile, tile_type.count), vectors.count
+    height = len(sums) // vectors
     for k in range(0, size, outer.step):
         rows = [builder.gep(w, [builder.mul(stride, INT64(k + i))]) for i in range(outer.step)]
         for j in range(0, vectors, outer.held):
-            columns = outer.columns(builder, rows, j * LANES, n, both)
-            for i in range(len(sums) // vectors):
-                value = outer.value(builder, builder.gep(a, [INT64(i * run + k)]))
+            columns = outer.columns(builder, rows, j * LANES, min(outer.held, vectors - j), n, both)
+            for i in range(height):
+                value = outer.value(builder, builder.gep(a, [INT64((k // run * height + i) * run + k % run)]))
                 for entry, column in enumerate(columns, i * vectors + j):
                     sums[entry] = outer.accumulate(builder, value, column, sums[entry])
             sums = finished(builder, sums)
@@ -155,6 +167,16 @@ def outer_run(typing, tile, a, vectors, w, stride):
 
     def generate(context, builder, signature, args):
         return _outer_steps(context, builder, signature, args, size)
+
+    return tile(tile, a, vectors, w, types.int64), generate
+
+
+@intrinsic
+def outer_block(typing, tile, a, vectors, w, stride):
+    """`outer_run` of OUTER_ROWS rows of weights. The tile has all rows of a packed one."""
+
+    def generate(context, builder, signature, args):
+        return _outer_steps(context, builder, signature, args, OUTER_ROWS)
 
     return tile(tile, a, vectors, w, types.int64), generate
 
@@ -184,7 +206,7 @@ def load_outer(typing, rows, vectors, first, out, out_stride, n):
     """The tile of out[i * out_stride + j] for j < n, with zeros beyond; all zeros if `first`.
 
     rows     ONE_ROW or one of GROUPS
-    vectors  OUTER or WIDE_OUTER
+    vectors  OUTER or `line_vectors`
     """
     tile, per_row = types.UniTuple(Vec, rows.count * vectors.count), range(vectors.count)
 

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from numba import config, extending
 
-from .target import GROUP_ROWS, LANES, ROW_COLUMNS, TILE_COLUMNS, WIDE_COLUMNS
+from .target import GROUP_ROWS, LANES, OUTER_ROWS, ROW_COLUMNS, TILE_COLUMNS, WIDE_COLUMNS
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -266,6 +266,10 @@ def store_row(sums, columns_at, first, out, apart, n):
 # ---- tiles of outer products ----
 
 
+def line_vectors(w):
+    return tuple(range(line_size(w) // LANES))
+
+
 def outer_step_size(a, w):
     return 2 if a.values.dtype == np.uint16 else 1
 
@@ -274,6 +278,12 @@ def outer_run(tile, a, vectors, w, stride):
     step = outer_step_size(a, w)
     for k in range(0, step_size(a), step):
         tile = outer_step(tile, offset(a, k), vectors, offset(w, k * stride), stride, tile.shape[1], step)
+    return tile
+
+
+def outer_block(tile, a, vectors, w, stride):
+    for k in range(0, OUTER_ROWS, step_size(a)):
+        tile = outer_run(tile, offset(a, k * len(tile)), vectors, offset(w, k * stride), stride)
     return tile
 
 
