@@ -238,7 +238,7 @@ def _project_row(a, w, columns, length, block, out):
     """`project` of a single row, by weight rows in ROW_COLUMNS streams.
 
     Half as many instructions as a tile has let the processor look far enough ahead. Then Zen 4 reads as fast as it can
-    without requests (olmoe and qwen3, T = 1 and 4: 5 to 7 % faster than tiles with their requests; with requests in
+    without requests (olmoe and qwen3, T = 1 and 4: 4 to 7 % faster than tiles with their requests; with requests in
     here the same or slower). Others have those of `_project_streams`, because nobody compared it there.
     """
     apart = (columns + ROW_COLUMNS - 1) // ROW_COLUMNS
