@@ -94,7 +94,7 @@ def float_dtype(name, value):
 
 def array(name, value, rule="an array, or nested lists of equal lengths"):
     """`value` as a NumPy array; lists of integers become float32."""
-    if type(value) is np.ndarray:
+    if type(value) is np.ndarray:  # nearly always; looking up the classes below takes 3 us with cold caches
         return value
     if isinstance(value, np.ndarray) and not isinstance(value, (np.ma.MaskedArray, np.matrix)):
         return value

@@ -13,13 +13,15 @@ from moe_numba.config import DTYPES
 from moe_numba.experts import Expert, Experts
 from moe_numba.kernels.projection import OUTER_BLOCK, OUTER_COLUMNS
 
+#: Columns of the widest tile: of outer products, or a cache line of bfloat16.
+WIDEST = max(OUTER_COLUMNS, 32)
 GPT_OSS = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702, "swiglu_beta": 1.0}
 #: (E, H, F): a column, edges of tiles, several tiles and blocks of K, odd sums.
 SHAPES = [
     (1, 1, 1),
     (3, 5, 7),
     (4, OUTER_COLUMNS, OUTER_COLUMNS),
-    (5, OUTER_COLUMNS + 1, 2 * OUTER_COLUMNS + 3),
+    (5, OUTER_COLUMNS + 1, 2 * WIDEST + 3),
     (2, 131, 500),
 ]
 
@@ -76,7 +78,7 @@ def test_transposed_without_gate(rng, dtype, activation):
 @pytest.mark.plain
 @pytest.mark.parametrize("tokens", [1, 3, 18])
 def test_transposed_wider_than_a_tile_and_longer_than_a_block(rng, tokens):
-    shape = (2, OUTER_BLOCK + 3, OUTER_COLUMNS + 1)
+    shape = (2, OUTER_BLOCK + 3, WIDEST + 1)
     assert_form(rng, random_experts(rng, shape, activation="relu2", transposed=True), tokens)
 
 
